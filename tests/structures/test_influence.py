@@ -218,3 +218,33 @@ def test_a_search_that_would_take_too_long_says_so(monkeypatch: pytest.MonkeyPat
     structure = TorchPruningStructure(split_and_joined().double().eval(), images())
     assert "first" not in {group.name for group in structure.groups}
     assert structure.left_out["first"] == "running the model to find which channels go together takes up to 36 passes"
+
+
+SIZE = 96
+DRAWN = torch.randperm(SIZE, generator=torch.Generator().manual_seed(0)).reshape(-1, 6)
+# Operation between two layers -> whether its inputs are told apart in fewer passes than there are channels.
+BETWEEN: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
+    "in order": (lambda y: y * 2, True),
+    "gated halves": (lambda y: y[..., : SIZE // 2] * y[..., SIZE // 2 :].sigmoid(), True),
+    "gated thirds": (lambda y: y.unflatten(-1, (3, -1)).prod(-2), True),
+    "neighbours": (lambda y: y.unflatten(-1, (-1, 2)).sum(-1), True),
+    "shuffled": (lambda y: y.unflatten(-1, (8, -1)).transpose(-1, -2).flatten(-2), True),
+    "drawn sixes": (lambda y: y[..., DRAWN].sum(-1), False),
+    "all mixed": (lambda y: y * y.mean(-1, keepdim=True), True),
+    "half mixed": (lambda y: torch.cat([y[..., :48], y[..., 48:] * y[..., 48:].mean(-1, keepdim=True)], -1), False),
+    "one sum beside": (lambda y: torch.cat([y[..., :-1], y.sum(-1, keepdim=True)], -1), True),
+}
+
+
+@pytest.mark.parametrize("name", BETWEEN)
+def test_inputs_depend_on_the_channels_that_their_derivative_depends_on(name: str) -> None:
+    between, fast = BETWEEN[name]
+    torch.manual_seed(0)
+    point = torch.rand(SIZE, dtype=torch.float64) + 0.5
+    expected = torch.autograd.functional.jacobian(between, point) != 0
+    net = Net(lambda net, x: net.reader(between(net.first(x))))
+    net.first, net.reader = nn.Linear(6, SIZE), nn.Linear(len(expected), 3)
+    sources = {"first": influence.Source("first", SIZE)}
+    found, passes = influence.influences(net.double().eval(), lambda model: model(tokens()), sources)
+    assert torch.equal(found["first"].inputs["reader"], expected)
+    assert (passes < SIZE) == fast

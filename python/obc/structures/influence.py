@@ -5,11 +5,13 @@ of a parameter or buffer outside layers. So an input may depend on channels of s
 several channels of one layer, as behind a gated unit. Sources that no layer reads in common are examined in the same
 passes.
 
-In each pass some channels change, and an input that does not notice depends on none of them. Few channels change one by
-one. Many are numbered: one by one, in halves side by side, head by head, and so on. If all but a few numbers change,
-and some input does not notice, its channels have these numbers; then the bits of the numbers tell the same of all other
-inputs in a few passes. At the end random sets change: small ones tell this of inputs that depend on many channels,
-large ones of many channels at once; both are drawn until nothing more is excluded.
+In each pass some channels change, and an input that does not notice depends on none of them. Of few channels those
+change first whose numbers have a certain bit. Then every input is left with the channels that differ from its own in
+some bits only, and those change one by one; channels that no input may both depend on change in one pass. Many channels
+are numbered: one by one, in halves side by side, head by head, and so on. If all but a few numbers change, and some
+input does not notice, its channels have these numbers; then the bits of the numbers tell the same of all other inputs
+in a few passes. At the end random sets change: small ones tell this of inputs that depend on many channels, large ones
+of many channels at once; both are drawn until nothing more is excluded.
 """
 
 from __future__ import annotations
@@ -37,8 +39,10 @@ _KINDS = ((1.0, 1), (30.0, -1))
 # Shares of the channels that change, by turns; None: those that did not in the pass before.
 _SHARES = (0.5, None, 0.25, 0.125, 0.5, None, 0.0625)
 _MOST_PASSES, _IN_VAIN = 200, 18
-# Up to this many channels are changed one by one, which is exact.
+# Of up to this many channels every input notices, or not, each one alone.
 _FEW = 256
+# An input that noticed so many single channels, and missed none, is taken to depend on all that it may.
+_ENOUGH = 16
 # Numberings of many channels whose bits change, and the channels whose numbers do not at first, as shares of the size:
 # several, because some may go together otherwise than the rest.
 _MOST_NUMBERINGS = 4
@@ -174,7 +178,16 @@ def _exclude(prober: Prober, sources: Mapping[str, Source], found: Mapping[str, 
             """The most channels of a source that an input may depend on."""
             return max((int(one.sum(1).max()) for (own, _), one in possible.items() if own == key), default=0)
 
-        _change_sets(_sizes(sources), excluded, most)
+        def may(key: str, possible: Any = possible) -> Tensor:
+            """(inputs, channels) bool: which channels of a source the inputs that it reaches may depend on."""
+            return torch.cat([one for (own, _), one in possible.items() if own == key])
+
+        keys = {key for key, _ in possible}
+        sizes = {key: size for key, size in _sizes(sources).items() if key in keys}
+        if sizes and max(sizes.values()) <= _FEW:
+            _change_few(sizes, excluded, may)
+        elif sizes:
+            _change_many(sizes, excluded, most)
         for part, one in possible.items():
             total[part] |= one
     for (key, name), one in total.items():
@@ -182,14 +195,54 @@ def _exclude(prober: Prober, sources: Mapping[str, Source], found: Mapping[str, 
         found[key].mixed[name] = bool(one.any()) and _mixes(prober, sources, key, name, one)
 
 
-def _change_sets(
+def _change_few(
+    sizes: Mapping[str, int], excluded: Callable[[Mapping[str, Tensor]], set[str]], may: Callable[[str], Tensor]
+) -> None:
+    """Change the channels whose numbers have certain bits, then single ones, until it is known which an input notices.
+
+    This is exact for an input that notices fewer than 16 channels, or misses one of them after the bits.
+    """
+    for bit in range(_bits(max(sizes.values()))):
+        for value in (0, 1):
+            excluded({key: (torch.arange(size, device="cpu") >> bit) & 1 == value for key, size in sizes.items()})
+    left = {key: may(key) for key in sizes}
+    noticed = {key: torch.zeros_like(one) for key, one in left.items()}
+    while chosen := {key: one for key in sizes if bool((one := _single(may(key), left[key], noticed[key])).any())}:
+        excluded(chosen)
+        for key, channels in chosen.items():
+            noticed[key] |= may(key) & channels
+
+
+def _bits(most: int) -> int:
+    """How many bits of the numbers of up to so many channels are worth two passes each."""
+    return (most - 1).bit_length() if most > _ENOUGH else 0
+
+
+def _single(may: Tensor, left: Tensor, noticed: Tensor) -> Tensor:
+    """(channels,) bool: channels to change at once, of which each input may depend on one at most.
+
+    Args:
+        may: (inputs, channels) bool: the channels that an input may still depend on.
+        left: the same after the bits.
+        noticed: those that it is known to notice.
+    """
+    enough = (noticed.sum(1) >= _ENOUGH) & (may == left).all(1) & (2 * may.sum(1) > may.shape[1])
+    unknown = (may.sum(1) > 1) & ~enough
+    may = may & unknown[:, None]
+    wanted = (may & ~noticed).any(0)
+    generator = torch.Generator().manual_seed(0)
+    taken, chosen = torch.zeros_like(unknown), torch.zeros_like(wanted)
+    for channel in torch.randperm(len(wanted), generator=generator, device="cpu").tolist():
+        if wanted[channel] and not bool((may[:, channel] & taken).any()):
+            chosen[channel] = True
+            taken |= may[:, channel]
+    return chosen
+
+
+def _change_many(
     sizes: Mapping[str, int], excluded: Callable[[Mapping[str, Tensor]], set[str]], most: Callable[[str], int]
 ) -> None:
-    """Change sets of channels: of few channels every single one, of many by their numbers, then random ones."""
-    if max(sizes.values()) <= _FEW:
-        for channel in range(max(sizes.values())):
-            excluded({key: torch.arange(size, device="cpu") == channel for key, size in sizes.items()})
-        return
+    """Change sets of channels by their numbers, then random ones."""
     numberings = {key: numberings_of(size) for key, size in sizes.items()}
     left = dict.fromkeys(sizes, _MOST_NUMBERINGS)
     for turn in range(max(map(len, numberings.values()))):
@@ -227,7 +280,7 @@ def _most_passes(sizes: Mapping[str, int]) -> int:
     """The most sets of channels that are changed."""
     most = max(sizes.values())
     if most <= _FEW:
-        return most
+        return most + 2 * _bits(most)
     numberings = max(len(numberings_of(size)) for size in set(sizes.values()))
     return numberings + _MOST_NUMBERINGS * 2 * (most - 1).bit_length() + _MOST_PASSES
 

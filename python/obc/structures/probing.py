@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils import _pytree as pytree
 
 from obc.model.evaluation import Run, first_floating, tensors_in
 from obc.model.layouts import is_depthwise, layout_of
@@ -195,22 +196,32 @@ class Prober:
     def _numbers(self, name: str, like: Tensor, dim: int, call: int) -> Tensor:
         dim %= like.dim()
         generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {call}".encode()))
-        usual, other = (pattern(like.shape, generator) for _ in range(2))
-        both = torch.randint(0, 2, (like.shape[dim],), generator=generator, device="cpu") * 2 - 1
-        signs = both if self.sign is None else torch.full_like(both, self.sign)
+        usual, other = (_factors(like.shape, generator) for _ in range(2))
+        signs = torch.randint(0, 2, (like.shape[dim],), generator=generator, device="cpu") * 2 - 1
+        signs = (signs if self.sign is None else torch.full_like(signs, self.sign)) * self.scale
         selected = self._selected.get(name, torch.zeros(like.shape[dim], dtype=torch.bool, device="cpu"))
         selected = selected.repeat(like.shape[dim] // len(selected))  # a hidden unit in each direction
-        shape = [-1 if axis == dim else 1 for axis in range(like.dim())]
-        numbers = torch.where(selected.view(shape), -1.5 * other, usual) * (signs.view(shape) * self.scale)
+        usual[dim], other[dim] = usual[dim] * signs, (other[dim] * signs * -1.5)[selected]
+        numbers = _product(usual)
+        if bool(selected.any()):
+            numbers = numbers.index_copy(dim, selected.nonzero()[:, 0], _product(other))
         return numbers.to(self._devices[name], like.dtype)
 
 
 def pattern(shape: torch.Size, generator: torch.Generator) -> Tensor:
     """Positive numbers that differ along every dimension: a product of one random vector per dimension."""
+    return _product(_factors(shape, generator))
+
+
+def _factors(shape: torch.Size, generator: torch.Generator) -> list[Tensor]:
+    return [torch.rand(size, generator=generator, device="cpu") + 0.5 for size in shape]
+
+
+def _product(factors: Sequence[Tensor]) -> Tensor:
+    """The outer product of vectors, one per dimension."""
     numbers = torch.ones((), device="cpu")
-    for axis, size in enumerate(shape):
-        factors = torch.rand(size, generator=generator, device="cpu") + 0.5
-        numbers = numbers * factors.view([-1 if axis == other else 1 for other in range(len(shape))])
+    for axis, vector in enumerate(factors):
+        numbers = numbers * vector.view([-1 if axis == other else 1 for other in range(len(factors))])
     return numbers
 
 
@@ -225,12 +236,12 @@ def unpacked(args: Sequence[Any]) -> list[Any]:
 
 
 def each_tensor(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """What a layer returns with every floating tensor changed: a tensor, or a recurrent layer's outputs and states."""
+    """What a layer returns, in any nesting, with every floating tensor changed; lengths and places are kept."""
     if isinstance(output, PackedSequence):
         return output._replace(data=change(output.data))
-    if isinstance(output, tuple):
-        return tuple(each_tensor(one, change) for one in output)
-    return change(output)
+    return pytree.tree_map(
+        lambda leaf: change(leaf) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf, output
+    )
 
 
 def _let_through(*args: Any, **kwargs: Any) -> Tensor:
