@@ -36,6 +36,7 @@ class Usage:
         depthwise: convolutions with one filter per channel, which lose conv groups where others lose channels.
         returned: modules whose output the model returns unchanged.
         shapes: shapes of the tensors that the model returns.
+        several: layers that return other than one floating tensor; which of them holds which channel is not known.
     """
 
     positions: dict[str, float] = field(default_factory=dict)
@@ -43,6 +44,7 @@ class Usage:
     depthwise: frozenset[str] = frozenset()
     returned: frozenset[str] = frozenset()
     shapes: list[tuple[int, ...]] = field(default_factory=list)
+    several: set[str] = field(default_factory=set)
 
 
 def measure(model: nn.Module, forward: Callable[[], Any]) -> Usage:
@@ -54,7 +56,11 @@ def measure(model: nn.Module, forward: Callable[[], Any]) -> Usage:
     def record(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         called[name] = None
         results.extend((name, tensor) for tensor in tensors_in(output))
-        for layer, positions in _positions(name, module, tensors_in((args, kwargs)), output):
+        floating = [tensor for tensor in tensors_in(output) if tensor.is_floating_point()]
+        if layout_of(module) is not None and len(floating) != 1:
+            usage.several.add(name)
+            return
+        for layer, positions in _positions(name, module, tensors_in((args, kwargs)), floating):
             usage.positions[layer] = usage.positions.get(layer, 0) + positions
 
     handles = [
@@ -71,7 +77,9 @@ def measure(model: nn.Module, forward: Callable[[], Any]) -> Usage:
     return usage
 
 
-def _positions(name: str, module: nn.Module, inputs: Sequence[Tensor], output: Any) -> list[tuple[str, float]]:
+def _positions(
+    name: str, module: nn.Module, inputs: Sequence[Tensor], outputs: Sequence[Tensor]
+) -> list[tuple[str, float]]:
     if isinstance(module, nn.MultiheadAttention):
         # Queries, keys and values each use a third of one weight; the output projection runs inside.
         tokens = [tensor.numel() / tensor.shape[-1] for tensor in inputs[:3]]
@@ -81,8 +89,8 @@ def _positions(name: str, module: nn.Module, inputs: Sequence[Tensor], output: A
         return []
     if isinstance(module, _ConvNd) and layout.transposed:
         return [(name, inputs[0].numel() / module.in_channels)]
-    channels = module.out_channels if isinstance(module, _ConvNd) else output.shape[-1]
-    return [(name, output.numel() / channels)]
+    channels = module.out_channels if isinstance(module, _ConvNd) else outputs[0].shape[-1]
+    return [(name, outputs[0].numel() / channels)]
 
 
 @dataclass(frozen=True)

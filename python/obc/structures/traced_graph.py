@@ -84,7 +84,7 @@ def trace(
 
     def graph(buffers: bool = True) -> Any:
         as_parameters = _buffers_as_parameters(model) if buffers else contextlib.nullcontext()
-        with evaluating(model), torch.enable_grad(), unchanged_buffers(model), as_parameters:
+        with _without_new_hooks(model), evaluating(model), torch.enable_grad(), unchanged_buffers(model), as_parameters:
             return tp.DependencyGraph().build_dependency(
                 model,
                 example_inputs,
@@ -109,6 +109,18 @@ def trace(
             parameter.requires_grad_(False)
     bound_searches(found, model)
     return found
+
+
+@contextlib.contextmanager
+def _without_new_hooks(model: nn.Module) -> Iterator[None]:
+    """Removes the hooks that Torch-Pruning leaves on a model that it can't trace: later calls would fail in them."""
+    before = [(module._forward_hooks, set(module._forward_hooks)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for hooks, kept in before:
+            for key in set(hooks) - kept:
+                del hooks[key]
 
 
 @contextlib.contextmanager

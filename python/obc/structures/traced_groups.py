@@ -100,6 +100,7 @@ class GroupFinder:
             for name in self._usage.order
             if name not in producers
             and name not in self._usage.depthwise
+            and name not in self._usage.several
             and (layout_of(self._modules[name]) is not None or is_recurrent(self._modules[name]))
             and not isinstance(self._modules.get(name.rpartition(".")[0]), nn.MultiheadAttention)
         ]
@@ -157,6 +158,7 @@ class GroupFinder:
             raw = self._graph.rerooted(raw)
         found.size = len(raw[0][1])
         found.members = self._graph.members(raw)
+        self._refuse_several(found.members)
         self._refuse_outer(found.members, raw)
         self._refuse_beyond(found.members)
         units = Units(found.size)
@@ -192,6 +194,7 @@ class GroupFinder:
         Raises:
             NotPrunableError: the members don't make units.
         """
+        self._refuse_several(members)
         divisions = self._divisions(members, size)
         channels = divided(units, divisions if hidden is None else [*divisions, hidden])
         slices = [slice_of(module, side, roots, channels) for (module, side), roots in members.items()]
@@ -208,6 +211,13 @@ class GroupFinder:
             raise NotPrunableError("Torch-Pruning follows its channels to the model's output")
         if not any(side == "in" for _, side in members):
             raise NotPrunableError("tracing finds no layer that reads it")
+
+    def _refuse_several(self, members: Members) -> None:
+        if name := next((name for name, _ in members if name in self._usage.several), None):
+            raise InnerMatterError(
+                f"{name!r} ({type(self._modules[name]).__name__}) returns several tensors: which of them holds which "
+                "of its channels is not known"
+            )
 
     def _refuse_beyond(self, members: Members) -> None:
         """Refuse groups with channels that a layer lacks: Torch-Pruning lost track of them."""
