@@ -160,6 +160,7 @@ def built(architecture: Architecture) -> nn.Module:
 
 
 def _outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
+    torch.manual_seed(0)  # of what a variational model draws
     with torch.no_grad():
         return tensors(call(model, inputs))
 
@@ -177,7 +178,7 @@ def _compare(seen: Seen, architecture: Architecture, model: nn.Module, inputs: A
         costs = structure.costs("macs")
         seen.half = costs.total(costs.widths - (costs.widths / 2).floor()) / costs.total()
         _sliced_and_masked(seen, architecture, model, structure)
-    seen.scored = _scored(model, inputs)
+    seen.scored = _scored(copy.deepcopy(model), inputs)
     if seen.scored is not None and seen.scored > SCORES:
         seen.wrong = seen.wrong or f"scores differ from explicit autograd by {seen.scored:.2g}"
     if not seen.wrong:
@@ -219,6 +220,7 @@ def _sliced_and_masked(seen: Seen, architecture: Architecture, model: nn.Module,
 
 
 def _loss(model: nn.Module, inputs: Any) -> Tensor:
+    torch.manual_seed(0)
     outputs = tensors(call(model, inputs))
     return sum((output.square().mean() for output in outputs), torch.zeros((), dtype=torch.float64))
 
@@ -226,12 +228,12 @@ def _loss(model: nn.Module, inputs: Any) -> Tensor:
 def _scored(model: nn.Module, inputs: Any) -> float | None:
     """One row of scores against weight times gradient, for some layers; None where none was read."""
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    scores = obc.score(copy.deepcopy(model), [inputs], _loss, progress=False)
     layers = [name for name, module in model.named_modules() if isinstance(module, kinds)]
     chosen = layers[:: max(1, len(layers) // 6)][:6]
     held = {name: list(model.get_submodule(name).parameters(recurse=False)) for name in chosen}
     flat = [parameter for ones in held.values() for parameter in ones if parameter.requires_grad]
     grads = dict(zip(flat, torch.autograd.grad(_loss(model, inputs), flat, allow_unused=True), strict=True))
-    scores = obc.score(copy.deepcopy(model), [inputs], _loss, progress=False)
     worst: float | None = None
     for name, parameters in held.items():
         values = scores[name].out_channels if name in scores else None
