@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import inspect
 import itertools
@@ -153,7 +154,12 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
     Layers of transformers checkpoint their activations only in train mode. If ``gradient_checkpointing_enable()`` was
     called, they are in train mode when they decide about checkpointing and in eval mode when they run. cuDNN computes
     gradients of recurrent layers only in train mode, so on a GPU these are in train mode without dropout.
+
+    Some modules keep what they computed in eval mode (tables of biases, merged weights) until ``train()`` is called. So
+    it is called after the block on models that were in train mode; of others, what such modules keep is restored.
     """
+    trained = [model for model in models if model.training]
+    kept = [(module, _kept_by(module)) for model in models if not model.training for module in model.modules()]
     training = {module: module.training for model in models for module in model.modules()}
     layers = [module for module in training if checkpoints_activations(module)]
     functions: dict[Any, Any] = {layer: layer._gradient_checkpointing_func for layer in layers}
@@ -172,8 +178,21 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
             layer._gradient_checkpointing_func = function
         for recurrent, dropout in dropouts.items():
             recurrent.dropout = dropout
+        for model in trained:
+            model.train()
+        for module, values in kept:
+            vars(module).update(values)
         for module, flag in training.items():
             module.training = flag
+
+
+def _kept_by(module: nn.Module) -> dict[str, Any]:
+    """What a module with a ``train`` of its own may keep of its calls: tensors, lists and dicts in plain attributes."""
+    if type(module).train is nn.Module.train:
+        return {}
+    kinds = (type(None), Tensor, list, tuple, dict)
+    plain = {key: value for key, value in vars(module).items() if key[0] != "_" and isinstance(value, kinds)}
+    return {key: copy.copy(value) if type(value) in (list, dict) else value for key, value in plain.items()}
 
 
 def _run_by_cudnn(module: nn.Module) -> TypeGuard[nn.RNNBase]:

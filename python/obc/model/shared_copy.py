@@ -7,7 +7,7 @@ import copyreg
 import functools
 import types
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -31,6 +31,8 @@ def shared_copy(model: nn.Module) -> nn.Module:
         for value in vars(module).values():
             if isinstance(value, Tensor):  # in a plain attribute it may have a graph, which can't be copied
                 memo[id(value)] = value
+            else:
+                memo |= {id(one): one for one in _with_graphs(value)}
     # What deepcopy does, without its bookkeeping for every module: new objects first, then copies of what they hold.
     shells = [(module, type(module).__new__(type(module))) for module in modules if _is_its_state(module)]
     memo |= {id(module): shell for module, shell in shells}
@@ -44,6 +46,15 @@ def shared_copy(model: nn.Module) -> nn.Module:
             elif key.endswith("_hooks") and isinstance(value, dict) and value:
                 value.update({handle: _rebound(hook, memo) for handle, hook in value.items()})
     return copied
+
+
+def _with_graphs(value: Any) -> Iterator[Tensor]:
+    """The tensors with a graph in lists, tuples and dicts: what a module remembers of an earlier call."""
+    if isinstance(value, Tensor) and not value.is_leaf:
+        yield value
+    elif type(value) in (list, tuple, dict):
+        for one in value.values() if type(value) is dict else value:
+            yield from _with_graphs(one)
 
 
 def _is_its_state(module: nn.Module) -> bool:
