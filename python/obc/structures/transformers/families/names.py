@@ -210,7 +210,7 @@ _FAMILIES = (
         fused_projections={"qkv": None},
         outputs=("proj", "projection", "projection_layer", "output"),
         headless=("rel_pos_h", "rel_pos_w"),
-        attributes={"attention_width": ("hidden_size_output",)},  # Hiera
+        attributes={"attention_width": ("hidden_size_output", "attn_dim")},  # Hiera; timm
     ),
     # Wav2Vec2, HuBERT, WavLM, UniSpeech, SEW, Data2Vec audio, SpeechT5. WavLM gates its table of positions by head.
     Family("wav2vec2", feed_forwards=(("intermediate_dense", "output_dense"),)),
