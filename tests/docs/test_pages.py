@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from obc import criteria
+from obc.pruning.arguments import has_rows
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -142,6 +143,15 @@ def test_the_pictures_are_those_that_the_script_draws() -> None:
 def test_the_table_of_criteria_is_what_they_say_about_themselves() -> None:
     written = (DOCS / "criteria.md").read_text(encoding="utf-8")
     assert written == _run("criteria_table.py")["page"](), "run python docs/criteria_table.py"
+
+
+def test_the_families_of_criteria_in_the_guide_are_complete() -> None:
+    """Every criterion is in one family, and the first family has those that have rows."""
+    text = (DOCS / "pruning.md").read_text(encoding="utf-8").split("| family | names |")[1].split("\n\n")[0]
+    families = [re.findall(r'`"(\w+)"`', line) for line in text.splitlines()[2:]]
+    assert families[0] == [name for name in criteria.available() if has_rows(criteria.get(name))]
+    named = {name for family in families for name in family}
+    assert named == set(criteria.available())
 
 
 def test_at_least_twenty_systems_of_the_field_have_a_criterion() -> None:

@@ -129,8 +129,9 @@ def prune(
             "window" and "tail" (consecutive whole blocks, :mod:`obc.selection.depth_allocations`), a mapping of names
             to strengths, or an object of :mod:`obc.selection.allocation`. None: as the criterion was published,
             otherwise "global".
-        selection: "joint" chooses sets of units by their rows, which only "jacobian" has; "independent" ranks single
-            units by their scores. None: joint if the criterion has rows and ``slices`` is "gate".
+        selection: "joint" chooses sets of units by their rows, which "jacobian", "compensated_jacobian",
+            "token_jacobian" and "jbr" have; "independent" ranks single units by their scores. None: joint if the
+            criterion has rows and ``slices`` is "gate".
         steps: how often to score and remove, at most once a unit; or the shares to reach, descending to the budget's.
         slices: "gate": one row per unit, for all its consumers together. "all": every slice is squared separately, as
             in the paper; for independent selection.
