@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import types
 from collections.abc import Callable
@@ -157,3 +158,47 @@ def test_hooks_of_a_copy_call_its_own_layers(add: Callable[[Any], object]) -> No
         layer.bias = nn.Parameter(torch.zeros_like(layer.bias))
     assert torch.equal(copied(x), plain(x))
     assert torch.equal(model(x), before)
+
+
+@dataclasses.dataclass
+class Kept:
+    activation: Tensor
+
+
+class Keeps(Net):
+    """Keeps an activation of its last forward, as networks with deep supervision do."""
+
+    def __init__(self, holder: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.holder, self.kept = holder, holder(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.b(self.a(x).relu())
+        self.kept = self.holder(y)
+        return self.head(y.relu())
+
+
+HOLDERS: dict[str, Callable[[Tensor], Any]] = {
+    "the tensor": lambda y: y,
+    "a list": lambda y: [y, 1],
+    "lists in a dict": lambda y: {"level": [(y,), [y]]},
+    "an object": Kept,
+}
+
+
+@pytest.mark.parametrize("name", HOLDERS)
+@pytest.mark.parametrize("compensate", ["ls", None])
+def test_a_model_that_keeps_activations_with_their_graph_is_copied_and_pruned(name: str, compensate: Any) -> None:
+    torch.manual_seed(0)
+    model, x = Keeps(HOLDERS[name]), torch.randn(40, 5)
+    assert model(x).requires_grad
+    copied = shared_copy(model)
+    assert copied.b.weight.data_ptr() == model.b.weight.data_ptr()
+    torch.testing.assert_close(copied(x), model(x), rtol=0, atol=0)
+
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        return model(x).square().mean()
+
+    batches = list(x.split(10))
+    result = obc.prune(model, x, batches, loss, macs=0.5, compensate=compensate, progress=False)
+    assert result.report.macs_after <= 0.5 * result.report.macs_before

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from obc.model.names import joined, named_modules
 
@@ -20,8 +21,30 @@ def shared_copy(model: nn.Module) -> nn.Module:
 
     The parameters are new objects without gradients. Replacing or shortening them in the copy, or changing flags,
     leaves ``model`` as it is; writing into their values would change it. Hooks, and functions that replace a method
-    such as ``model.forward = lambda x: old(x)``, call the copy's modules.
+    such as ``model.forward = lambda x: old(x)``, call the copy's modules. Activations that the model keeps lose their
+    graph in the copy.
     """
+    with _Activations():
+        return _shared_copy(model)
+
+
+class _Activations(TorchFunctionMode):
+    """Copies tensors with a graph, which ``deepcopy`` refuses, without it: models keep some, in lists for example."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not Tensor.__deepcopy__ or args[0].is_leaf:
+            return func(*args, **(kwargs or {}))
+        tensor, memo = args
+        return memo.setdefault(id(tensor), tensor.detach().clone())
+
+
+def deep_copy(model: nn.Module) -> nn.Module:
+    """``copy.deepcopy`` of a model that may keep activations."""
+    with _Activations():
+        return copy.deepcopy(model)
+
+
+def _shared_copy(model: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {}
     modules = list(model.modules())
     for module in modules:
@@ -29,7 +52,7 @@ def shared_copy(model: nn.Module) -> nn.Module:
             if parameter is not None:
                 memo[id(parameter)] = _alias(parameter)
         for value in vars(module).values():
-            if isinstance(value, Tensor):  # in a plain attribute it may have a graph, which can't be copied
+            if isinstance(value, Tensor):
                 memo[id(value)] = value
             else:
                 memo |= {id(one): one for one in _with_graphs(value)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from obc.criteria import Subject
 from obc.model.errors import explained
 from obc.model.names import named_tensors
+from obc.model.shared_copy import deep_copy
 from obc.pruning.arguments import Options
 from obc.pruning.report import PruningReport, timed
 from obc.recovery.compensate import compensate as compensate_model
@@ -40,7 +40,7 @@ class Compensator:
     def __init__(self, structure: Structure, subject: Subject, options: Options, report: PruningReport) -> None:
         remedy = "prune with compensate=None, then obc.compensate with an unpruned model of your own"
         with explained(structure.model, "copying it (copy.deepcopy)", remedy):
-            self.original = copy.deepcopy(structure.model)
+            self.original = deep_copy(structure.model)
         self.structure, self.groups, self.model = structure, structure.groups, structure.model
         self.batches, self.forward = subject.batches, subject.forward_fn
         self.options, self.every_step, self.report = options, options.compensate_every_step, report

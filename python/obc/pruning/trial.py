@@ -7,7 +7,6 @@ where 3x3 convolutions read the channels, or in language models, it can be worse
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,6 +18,7 @@ from obc.criteria.protocol import CriterionError, name_of
 from obc.criteria.registry import get
 from obc.model.groups import ChannelGroup
 from obc.model.layouts import layout_of
+from obc.model.shared_copy import deep_copy
 from obc.pruning.arguments import Choice, Options
 from obc.pruning.budgets import Budget
 from obc.pruning.compensator import Compensator
@@ -96,7 +96,7 @@ def _error(
     report: PruningReport,
 ) -> float:
     """The output error on held-out batches of a copy that is pruned by ``choice`` in one step and compensated."""
-    model = copy.deepcopy(structure.model)
+    model = deep_copy(structure.model)
     twin, trial = structure.twin(model), _TrialReport()
     subject = replace(subject, model=model, confirmed={})
     options = replace(options, steps=1, compensate_every_step=False, on_step=None, progress=False)
