@@ -160,7 +160,7 @@ def _build(name: str) -> nn.Module:
         model = make(**given, **OPTIONS.get(name, {}))
     pools = [] if "cifar" in name else [*model.named_modules()]
     for place, pool in pools:  # the last one, of 7 x 7 or more, for images of 224 x 224
-        if isinstance(pool, nn.AvgPool2d) and pool.kernel_size in (7, 8, 9, 10, 11, (7, 7), (8, 8)):
+        if isinstance(pool, nn.AvgPool2d) and max(nn.modules.utils._pair(pool.kernel_size)) > 6:
             model.set_submodule(place, nn.AdaptiveAvgPool2d(1))
     return model
 

@@ -168,6 +168,7 @@ def _outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
 def _compare(seen: Seen, architecture: Architecture, model: nn.Module, inputs: Any) -> None:
     started = time.process_time()
     structure = TorchPruningStructure(model, inputs, **architecture.options)
+    _outputs(model, inputs)  # some keep activations, which have a graph after tracing and can't be copied
     seen.seconds = time.process_time() - started
     proof = structure.proof
     assert proof is not None
