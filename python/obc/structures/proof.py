@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from obc.model.errors import layer_in
 from obc.model.evaluation import Run
@@ -322,7 +323,7 @@ class _Prover:
         return " and ".join(f"{len(units)} of the {self.groups[name].size} units" for name, units in removed.items())
 
     def _said(self, names: Sequence[str], what: str) -> str:
-        """The fault, with the parameters that layers of these groups share with others, and random numbers."""
+        """The fault, and what may explain it: shared parameters, a consumer's own forward, random numbers."""
         modules = {part.module for name in names for part in self.groups[name].slices}
         shared = [
             " and ".join(tied)
@@ -330,7 +331,21 @@ class _Prover:
             if any(name.rpartition(".")[0] in modules for name in tied)
         ]
         drawn = "; the model draws random numbers, other ones for fewer channels: let it draw none while it is pruned"
-        return what + (f"; {', '.join(shared)} are one parameter" if shared else "") + drawn * self.unmasked.draws
+        what += f"; {', '.join(shared)} are one parameter" if shared else ""
+        return what + self._own_forward(names) + drawn * self.unmasked.draws
+
+    def _own_forward(self, names: Sequence[str]) -> str:
+        """Says which consumer, a layer of a class with a forward of its own, may compute with another weight."""
+        consumers = (part.module for name in names for part in self.groups[name].consumers)
+        layers = dict(named_modules(self.base))
+        for name in consumers:
+            kind = type(layers.get(name))
+            if issubclass(kind, (nn.Linear, _ConvNd)) and not kind.forward.__module__.startswith("torch."):
+                return (
+                    f"; {name!r} is a {kind.__name__}, which has a forward of its own: if it computes its weight from "
+                    "all in channels (weight standardisation), replace it by a plain layer with that weight"
+                )
+        return ""
 
     def _overlap(self, names: Sequence[str], removed: Mapping[str, Tensor]) -> str | None:
         """A channel that a unit of one of these groups reads and another group removes, or None."""
