@@ -30,6 +30,17 @@ class Normed(nn.Module):
         return F.normalize(x, dim=-1) * self.gamma
 
 
+class Rearrange(nn.Module):
+    """Splits heads by a length of its own, kept as einops' layers keep it."""
+
+    def __init__(self, **axes_lengths: int) -> None:
+        super().__init__()
+        self.axes_lengths, self._axes_lengths = axes_lengths, tuple(axes_lengths.items())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (dict(self._axes_lengths)["h"], -1)).transpose(1, 2)
+
+
 class Attention(nn.Module):
     """Attention by products, as in vit-pytorch and diffusers."""
 
@@ -53,12 +64,16 @@ class Attention(nn.Module):
             self.norm_q, self.norm_k = nn.LayerNorm(inner), nn.LayerNorm(inner)
         if form == "gates":
             self.to_gates, self.temperature = nn.Linear(WIDTH, HEADS), nn.Parameter(torch.rand(HEADS, 1, 1))
+        if form == "einops":
+            self.split_heads = Rearrange(h=HEADS)
         if form == "scale":
             self.temperature = nn.Parameter(torch.tensor(0.7))
         out = nn.Linear(inner, WIDTH)
         self.to_out = nn.ModuleList([out, nn.Identity()]) if form == "two streams" else nn.Sequential(out)
 
     def split(self, x: Tensor) -> Tensor:
+        if self.form == "einops":
+            return self.split_heads(x)
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def forward(self, x: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,7 +123,7 @@ class Blocks(nn.Module):
 
 FORMS = (
     *("fused", "keys and values", "separate", "two streams", "norms of every head"),
-    *("norms over all heads", "gates", "scale"),
+    *("norms over all heads", "gates", "scale", "einops"),
 )
 
 

@@ -80,4 +80,5 @@ def count_down(modules: Mapping[str, nn.Module], block: Block, units: int) -> No
     """Let the modules that count a block's units know that so many are gone."""
     for counter in block.counters:
         module = modules[counter.module]
-        setattr(module, counter.attribute, getattr(module, counter.attribute) - counter.per_unit * units)
+        for attribute, value in counter.without(module, units).items():
+            setattr(module, attribute, value)

@@ -162,9 +162,10 @@ def _attention(layers: Layers, name: str, projections: Sequence[str], output: st
         attributes("heads"): (heads.queries, per_unit),
         attributes("attention_width"): (heads.queries * size, per_unit * size),
     }
-    config = {"num_attention_heads": per_unit}
+    config, head_counts = {"num_attention_heads": per_unit}, {heads.queries: per_unit}
     if kind == "heads":
         shared = heads.shared // units
+        head_counts[heads.shared] = shared
         counted[attributes("key_value_heads")] = (heads.shared, shared)
         counted[attributes("key_value_width")] = (heads.shared * size, shared * size)
         config |= layers.config_key(config_keys("key_value_heads"), shared)
@@ -180,7 +181,11 @@ def _attention(layers: Layers, name: str, projections: Sequence[str], output: st
     return Block(
         ChannelGroup(projections[0], tuple(slices), kind),
         axes={(found.name, "out"): found.axes for found in others if found.axes is not None},
-        counters=(*layers.counters([name], counted), *(Counter(name, key, 1) for key in rows.counters)),
+        counters=(
+            *layers.counters([name], counted),
+            *layers.rearrangements(name, head_counts),
+            *(Counter(name, key, 1) for key in rows.counters),
+        ),
         config=config if layers.config is not None else {},
         config_fixed={"head_dim": size},
         reads_config=name if _reads_config(layers, name) else None,

@@ -18,11 +18,24 @@ from obc.structures.units import NotPrunableError
 
 @dataclass(frozen=True)
 class Counter:
-    """A module's attribute that counts ``per_unit`` for every unit of a group."""
+    """A module's attribute that counts ``per_unit`` for every unit of a group.
+
+    Attributes:
+        axis: if the attribute is einops' mapping of axes to lengths, the axis that counts.
+    """
 
     module: str
     attribute: str
     per_unit: int
+    axis: str = ""
+
+    def without(self, module: nn.Module, units: int) -> dict[str, Any]:
+        """The attributes of the module, and their values once so many units are gone."""
+        before, gone = getattr(module, self.attribute), self.per_unit * units
+        if not self.axis:
+            return {self.attribute: before - gone}
+        lengths = {**before, self.axis: before[self.axis] - gone}
+        return {self.attribute: lengths, f"_{self.attribute}": tuple(lengths.items())}  # the layer reads the second
 
 
 class Layers:
@@ -108,6 +121,16 @@ class Layers:
             for key in keys
             if vars(self.modules[name]).get(key) == value
         )
+
+    def rearrangements(self, name: str, counts: Mapping[int, int]) -> tuple[Counter, ...]:
+        """The einops layers inside a module that are given the length of an axis by these counts -> ``per_unit``."""
+        found = []
+        for child, module in self.modules[name].named_modules():
+            lengths = vars(module).get("axes_lengths")
+            if isinstance(lengths, dict) and isinstance(vars(module).get("_axes_lengths"), tuple):
+                said = [(axis, counts[length]) for axis, length in lengths.items() if length in counts]
+                found += [Counter(joined(name, child), "axes_lengths", per_unit, axis) for axis, per_unit in said[:1]]
+        return tuple(found)
 
     def config_key(self, keys: Sequence[str], per_unit: int, value: int | None = None) -> dict[str, int]:
         """The first of these keys that the config has, if possible with ``value``, with what a unit counts there."""

@@ -251,8 +251,8 @@ def _counts_of_heads(model: nn.Module, plan: PruningPlan) -> list[tuple[Any, str
             continue  # not whole heads
         for counter in block.counters:
             owner = modules[counter.module]
-            gone = counter.per_unit * (block.group.size - stays)
-            found.append((owner, counter.attribute, getattr(owner, counter.attribute) - gone))
+            after = counter.without(owner, block.group.size - stays)
+            found += [(owner, attribute, value) for attribute, value in after.items()]
     return found
 
 

@@ -83,7 +83,8 @@ class BlockWeights:
             sync_sizes(self.modules[layer])
         for counter in block.counters:
             module = self.modules[counter.module]
-            setattr(module, counter.attribute, getattr(module, counter.attribute) - counter.per_unit * len(units))
+            for attribute, value in counter.without(module, len(units)).items():
+                setattr(module, attribute, value)
         return {axis_key(axis): removed for axes, removed in removals for axis in axes}
 
     def _shorten(self, axis: Axis, removed: Tensor, shortened: dict[tuple[int, int], Tensor], uses: Uses) -> None:
