@@ -136,3 +136,53 @@ def test_obc_prune_removes_heads() -> None:
     assert attn.num_heads < HEADS
     assert attn.relative_position_bias_table.shape == (7, attn.num_heads)
     assert result.report.macs_after <= result.report.macs_before / 2
+
+
+class Table(nn.Module):
+    """A bias for every head and every two places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.relative_position_bias_table = nn.Parameter(torch.randn(7, HEADS))
+
+    def forward(self, length: int) -> Tensor:
+        place = torch.arange(length)
+        return self.relative_position_bias_table[(place[:, None] - place).remainder(7)].permute(2, 0, 1)
+
+
+class Places(nn.Module):
+    """A bias of every two places for all heads, from a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(1, 1)
+
+    def forward(self, length: int) -> Tensor:
+        place = torch.arange(length, dtype=torch.float64)
+        return self.layer((place[:, None] - place)[..., None])[..., 0]
+
+
+class Sharing(Fused):
+    def __init__(self, position: nn.Module) -> None:
+        super().__init__()
+        self.position = position
+
+    def bias(self, length: int) -> Tensor:
+        return self.position(length)
+
+
+@pytest.mark.parametrize("kind", [Table, Places])
+def test_attentions_that_share_a_module_are_pruned_exactly_or_left_out_by_name(kind: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    position = kind()
+    blocks = [nn.Linear(5, WIDTH), Sharing(position), Sharing(position), nn.Linear(WIDTH, 12), nn.Linear(12, 2)]
+    model, x = nn.Sequential(*blocks).double().eval(), torch.randn(2, 9, 5, dtype=torch.float64)
+    structure = TorchPruningStructure(model, x)
+    found = {group.name for group in structure.groups}
+    assert {"0", "1.proj", "2.proj", "3"} <= found
+    assert ("1.qkv" in structure.left_out) is (kind is Table)  # the heads of both go together by its columns
+    assert ({"1.qkv", "2.qkv"} <= found) is (kind is Places)
+    units = {group.name: torch.tensor([0]) for group in structure.groups}
+    expected = masked_copy(model, structure.groups, units)(x)
+    structure.remove(units)
+    torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)

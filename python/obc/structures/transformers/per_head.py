@@ -105,7 +105,8 @@ def _parameters(layers: Layers, name: str, count: int, size: int) -> Iterator[Pe
     siblings = layers.modules[parent].named_children() if parent else ()
     neighbours = [one for child, _ in siblings if not is_attention(layers, one := joined(parent, child))]
     dims = {key: dim for family in FAMILIES.values() for key, dim in family.head_parameters.items()}
-    for owner in dict.fromkeys([name, *inner, *neighbours]):
+    # A module that several hold has the name of its first place; in the others it is not known by its parts.
+    for owner in dict.fromkeys(one for one in (name, *inner, *neighbours) if one in layers.modules):
         for full, dim in dims.items():
             module, _, key = full.rpartition(".")
             parameter = layers.modules[owner]._parameters.get(key)
