@@ -259,7 +259,7 @@ class _Prover:
             )
         if masked is None:
             return None
-        if (shared := self._overlap(names, removed)) is not None:
+        if (shared := self._overlap(names, masked, removed)) is not None:
             return shared
         found = compare(masked, sliced)
         if found.where is None:
@@ -347,12 +347,15 @@ class _Prover:
                 )
         return ""
 
-    def _overlap(self, names: Sequence[str], removed: Mapping[str, Tensor]) -> str | None:
-        """A channel that a unit of one of these groups reads and another group removes, or None."""
+    def _overlap(self, names: Sequence[str], masked: Observation, removed: Mapping[str, Tensor]) -> str | None:
+        """A channel that a unit of one of these groups reads and another group removes, or None.
+
+        Of parameters outside layers, such as fused experts, groups count channels along different dimensions.
+        """
         lost = lost_inputs(self.base, [self.groups[name] for name in names], removed)
         for name in (one for one in names if not self.groups[one].is_depth):
             stays = staying(self.groups[name].size, removed[name])
-            for part in self.groups[name].consumers:
+            for part in (one for one in self.groups[name].consumers if masked.readings.get(one.module)):
                 channels = part.channels[stays].flatten()
                 both = channels[torch.isin(channels, lost.get(part.module, channels[:0]))]
                 if len(both):
