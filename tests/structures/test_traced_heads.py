@@ -64,6 +64,9 @@ class Attention(nn.Module):
             self.norm_q, self.norm_k = nn.LayerNorm(inner), nn.LayerNorm(inner)
         if form == "gates":
             self.to_gates, self.temperature = nn.Linear(WIDTH, HEADS), nn.Parameter(torch.rand(HEADS, 1, 1))
+        if form == "learned keys":
+            self.mem_k, self.mem_v = (nn.Parameter(torch.rand(HEADS, 2, SIZE)) for _ in range(2))
+            self.head_scale_params = nn.Parameter(torch.rand(1, HEADS, 1, 1))
         if form == "einops":
             self.split_heads = Rearrange(h=HEADS)
         if form == "scale":
@@ -94,9 +97,15 @@ class Attention(nn.Module):
         if self.form == "norms of every head":
             q, k = self.q_norm(q), self.k_norm(k)
         scale = self.temperature if self.form in ("gates", "scale") else self.scale
+        if self.form == "learned keys":
+            k, v = (
+                torch.cat([more.expand(len(x), -1, -1, -1), y], 2) for more, y in ((self.mem_k, k), (self.mem_v, v))
+            )
         result = (q @ k.mT * scale).softmax(-1) @ v
         if self.form == "gates":
             result = result * self.to_gates(x).sigmoid().mT.unsqueeze(-1)
+        if self.form == "learned keys":
+            result = result * self.head_scale_params
         result = result.transpose(1, 2).flatten(2)
         if self.form != "two streams":
             return self.to_out(result), other
@@ -123,7 +132,7 @@ class Blocks(nn.Module):
 
 FORMS = (
     *("fused", "keys and values", "separate", "two streams", "norms of every head"),
-    *("norms over all heads", "gates", "scale", "einops"),
+    *("norms over all heads", "gates", "scale", "einops", "learned keys"),
 )
 
 

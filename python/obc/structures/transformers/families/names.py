@@ -83,7 +83,10 @@ _FAMILIES = (
         fused_projections={"to_qkv": None},
         outputs=("to_out", "to_out.0"),
         further_outputs=("to_add_out",),
-        head_parameters={"temperature": 0, "rel_pos_bias.weight": 1},
+        head_parameters={
+            **dict.fromkeys(("temperature", "mem_k", "mem_v", "qk_norm_q_scale", "qk_norm_k_scale"), 0),
+            **dict.fromkeys(("rel_pos_bias.weight", "head_scale_params"), 1),
+        },
         head_layers=(
             *("add_q_proj", "add_k_proj", "add_v_proj", "to_gate", "to_gates", "to_gates.0", "to_out_gates.0"),
             *("to_residual_mix.0", "to_v_gate", "to_v_head_gate"),
@@ -93,7 +96,11 @@ _FAMILIES = (
             *("pre_norm", "rel_pos_emb", "norm_media", "norm_latents"),
             *("norm", "norm_context", "group_norm", "spatial_norm", "norm_cross"),
         ),
-        attributes={"heads": ("heads", "sliceable_head_dim"), "head_size": ("dim_head",)},
+        attributes={
+            "heads": ("heads", "sliceable_head_dim"),
+            "key_value_heads": ("kv_heads",),
+            "head_size": ("dim_head",),
+        },
     ),
     # CTRL: its own names, and a feed-forward block that is a sequence.
     Family(
