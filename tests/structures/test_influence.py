@@ -248,3 +248,26 @@ def test_inputs_depend_on_the_channels_that_their_derivative_depends_on(name: st
     found, passes = influence.influences(net.double().eval(), lambda model: model(tokens()), sources)
     assert torch.equal(found["first"].inputs["reader"], expected)
     assert (passes < SIZE) == fast
+
+
+@pytest.mark.parametrize(("most", "pruned"), [(1500, True), (300, False)])
+def test_many_wide_sums_are_told_apart_within_the_limit(
+    monkeypatch: pytest.MonkeyPatch, most: int, pruned: bool
+) -> None:
+    """Of 8 layers of 96 channels every single channel took 2 x 8 x 96 = 1536 passes; shuffled sums take under 800."""
+    monkeypatch.setattr(influence, "_MOST_IN_ALL", most)
+    torch.manual_seed(0)
+
+    def forward(net: Any, x: Tensor) -> Tensor:
+        return net.reader(sum(layer(x).unflatten(-1, (8, -1)).transpose(-1, -2).flatten(-2) for layer in net.layers))
+
+    net = Net(forward, layers=nn.ModuleList(nn.Linear(6, SIZE) for _ in range(8)), reader=nn.Linear(SIZE, 3))
+    sources = {f"layers.{index}": influence.Source(f"layers.{index}", SIZE) for index in range(8)}
+    if not pruned:
+        with pytest.raises(influence.TooManyPassesError, match="running the model to find which channels go together"):
+            influence.influences(net.double().eval(), lambda model: model(tokens()), sources)
+        return
+    found, passes = influence.influences(net.double().eval(), lambda model: model(tokens()), sources)
+    assert passes < 800
+    for one in found.values():
+        assert bool((one.inputs["reader"].sum(1) == 1).all())

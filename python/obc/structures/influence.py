@@ -97,18 +97,22 @@ def influences(model: nn.Module, run: Run, sources: Mapping[str, Source]) -> tup
     """(key of each source -> its influence, number of forward passes).
 
     Raises:
-        TooManyPassesError: this would take more than 6000 passes.
+        TooManyPassesError: this usually takes, or took, more than 6000 passes.
     """
     most = len(_KINDS) * len(sources)
     if most <= _MOST_IN_ALL:
         prober = Prober(model, run)
         found = _reached(prober, sources)
         sets = [{key: sources[key] for key in keys} for keys in _together(found)]
-        most = len(_KINDS) * sum(_most_passes(_sizes(one)) for one in sets)
+        most = len(_KINDS) * sum(_usual_passes(_sizes(one)) for one in sets)
     if most > _MOST_IN_ALL:
         raise TooManyPassesError(f"running the model to find which channels go together takes up to {most} passes")
     for one in sets:
         _exclude(prober, one, found)
+        if prober.passes > _MOST_IN_ALL:
+            raise TooManyPassesError(
+                f"running the model to find which channels go together takes more than {_MOST_IN_ALL} passes"
+            )
     return found, prober.passes
 
 
@@ -276,11 +280,11 @@ def numberings_of(size: int) -> list[Tensor]:
     return [torch.arange(size, device="cpu") % e // d for _, e, d in sorted(pairs, reverse=True)]
 
 
-def _most_passes(sizes: Mapping[str, int]) -> int:
-    """The most sets of channels that are changed."""
+def _usual_passes(sizes: Mapping[str, int]) -> int:
+    """The most sets of channels that are changed; of few channels those where an input depends on few, or on most."""
     most = max(sizes.values())
     if most <= _FEW:
-        return most + 2 * _bits(most)
+        return min(most, 2 * _bits(most) + 2 * _ENOUGH)
     numberings = max(len(numberings_of(size)) for size in set(sizes.values()))
     return numberings + _MOST_NUMBERINGS * 2 * (most - 1).bit_length() + _MOST_PASSES
 
