@@ -159,8 +159,8 @@ def _build(name: str) -> nn.Module:
     with contextlib.nullcontext() if name in WHOLE else _thinner():
         model = make(**given, **OPTIONS.get(name, {}))
     pools = [] if "cifar" in name else [*model.named_modules()]
-    for place, pool in pools:  # the last one, of 7 x 7 or more, for images of 224 x 224
-        if isinstance(pool, nn.AvgPool2d) and max(nn.modules.utils._pair(pool.kernel_size)) > 6:
+    for place, pool in pools:  # the last one, for images of 224 x 224
+        if isinstance(pool, nn.AvgPool2d) and ("final" in place or max(nn.modules.utils._pair(pool.kernel_size)) > 6):
             model.set_submodule(place, nn.AdaptiveAvgPool2d(1))
     return model
 

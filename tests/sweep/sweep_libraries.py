@@ -105,7 +105,8 @@ def main() -> None:
         limits = arguments.seconds, arguments.gigabytes
         results = forked(piece, lambda job: asdict(examine(job[0], wanted[job])), limits, arguments.jobs)
         for job, row, ended in results:
-            seen = Seen(*job, wrong=ended) if ended else Seen(**row)
+            late = ended.startswith("not done")
+            seen = Seen(**row) if not ended else Seen(*job, refused=ended) if late else Seen(*job, wrong=ended)
             with arguments.rows.open("a") as file:
                 file.write(json.dumps({"version": version(job[0])} | asdict(seen)) + "\n")
             print(f"{' '.join(job)}: {said(seen)}", flush=True)

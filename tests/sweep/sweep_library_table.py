@@ -23,7 +23,9 @@ autograd, and `obc.prune(model, inputs, batches, loss, macs=0.5)` prunes another
 - half: the share of MACs that remains if every group loses half of its units.
 - pruned: the share that `obc.prune` left.
 - left out because: how many groups and layers keep their width, with the most frequent reasons; where nothing is
-  pruned to a half, what `obc.prune` said.
+  pruned to a half, what `obc.prune` said, or that the sweep's limit of CPU time ended it.
+
+A network of a list that has no line here was not swept with this version.
 """
 _REASONS = 3
 
@@ -36,7 +38,7 @@ def summary(rows: Sequence[Seen]) -> str:
     refused = sum(row.pruned is None and not row.wrong for row in built)
     return (
         f"{len(rows)} networks: {len(built)} built, of which {pruned} are pruned to half of their MACs, {refused} are "
-        f"refused with a reason; {wrong} wrong, {len(rows) - len(built)} not built."
+        f"refused with a reason or not done in time; {wrong} wrong, {len(rows) - len(built)} not built."
     )
 
 

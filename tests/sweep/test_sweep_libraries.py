@@ -132,8 +132,8 @@ def test_a_page_counts_what_is_seen() -> None:
         Seen("a", "e", built="no such layer"),
     ]
     counts = (
-        "4 networks: 3 built, of which 1 are pruned to half of their MACs, 1 are refused with a reason; 1 wrong, 1 not "
-        "built."
+        "4 networks: 3 built, of which 1 are pruned to half of their MACs, 1 are refused with a reason or not done "
+        "in time; 1 wrong, 1 not built."
     )
     assert summary(rows) == counts
     lines = page(rows, {"a": "1.0"}).splitlines()
