@@ -61,7 +61,7 @@ class Seen:
     Attributes:
         library: the library's file.
         name: of the architecture.
-        built: why it was not built or does not run; empty where it does.
+        built: why it was not built, or does not run forward and backward; empty where it does.
         groups: the number of groups that are proved.
         compared: how many of them hooks can mask; the others are compared by obc's own proof only.
         left_out: reason -> how many groups and layers.
@@ -101,6 +101,8 @@ def examine(library: str, architecture: Architecture) -> Seen:
             outputs = _outputs(model, inputs)
             assert outputs, "no floating output"
             assert all(output.isfinite().all() for output in outputs), "outputs are not finite"
+            trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            torch.autograd.grad(_loss(model, inputs), trained, allow_unused=True)
         except Exception as error:  # whatever a library's code raises is the reason
             seen.built = _said(error)
             return seen
