@@ -21,6 +21,7 @@ import random_wirings as wirings
 from random_wirings import Stage, Wired, without
 
 from obc.structures import proof as proofs
+from obc.structures import traced_graph
 from obc.structures.comparison import observe
 from obc.structures.proof import prove
 from obc.structures.traced import TorchPruningStructure
@@ -120,6 +121,40 @@ def test_a_search_without_end_is_given_up() -> None:
     structure = TorchPruningStructure(wired(moves, between=between), images(), check=False)
     assert "its search does not end" in structure.left_out["layers.0"]
     assert [group.name for group in structure.groups] == ["layers.1"]
+
+
+class Circle(nn.Module):
+    """Torch-Pruning's search of the channels that this reads has no end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.between = nn.Conv2d(12, 12, 3, padding=1, groups=12, bias=False)
+        self.join = nn.Linear(96, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.between(x).unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)
+        return self.join(wirings.channels_last(torch.stack([x, x], 2).flatten(1, 2)))[:, :, None, None]
+
+
+def circles() -> nn.Module:
+    blocks = [nn.Sequential(nn.Conv2d(8, 12, 1), Circle(), nn.Conv2d(8, 8, 1), nn.ReLU()) for _ in range(5)]
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), *blocks, nn.Flatten(), nn.Linear(8, 2))
+    return net.double().eval()
+
+
+def test_after_several_searches_without_end_the_other_groups_are_still_found() -> None:
+    """Three of them ended the tracing of torchvision's Swin, though each took less than a second."""
+    structure = TorchPruningStructure(circles(), images(), check=False)
+    inner = [name for block in range(1, 6) for name in (f"{block}.1.join", f"{block}.2")]
+    assert [group.name for group in structure.groups] == ["0", *inner]
+    assert all("its search does not end" in structure.left_out[f"{block}.0"] for block in range(1, 6))
+
+
+def test_after_searches_that_took_long_tracing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(traced_graph, "_MOST_FOLLOWED", 2000)
+    structure = TorchPruningStructure(circles(), images(), check=False)
+    assert 0 < len(structure.groups) < 11
+    assert "its search does not end" in structure.left_out["1.2"]
 
 
 @pytest.mark.parametrize("name", ["depthwise", "norm", "slopes"])

@@ -49,6 +49,7 @@ _MOST_NUMBERINGS = 4
 _UNCHANGED = (0.0, 0.4, 0.7)
 # In all. A block of a YOLO takes some 250.
 _MOST_IN_ALL = 6000
+_TOO_MANY = "running the model to find which channels go together takes {} passes"
 _PRODUCTS = {
     *(F.linear, F.bilinear, F.conv1d, F.conv2d, F.conv3d),
     *(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
@@ -82,11 +83,13 @@ class Influence:
         inputs: module -> (inputs, channels) bool: which input depends on which channel.
         ends: what else reads the channels, in words: the model's output, recurrent layers, weights outside layers.
         mixed: module -> whether one channel alone changes most of what it reads.
+        unexamined: why it was not examined which channel influences what; ``inputs`` then make all of them go together.
     """
 
     inputs: dict[str, Tensor] = field(default_factory=dict)
     ends: list[str] = field(default_factory=list)
     mixed: dict[str, bool] = field(default_factory=dict)
+    unexamined: str = ""
 
 
 class TooManyPassesError(RuntimeError):
@@ -96,24 +99,49 @@ class TooManyPassesError(RuntimeError):
 def influences(model: nn.Module, run: Run, sources: Mapping[str, Source]) -> tuple[dict[str, Influence], int]:
     """(key of each source -> its influence, number of forward passes).
 
+    Where all sources would take more than 6000 passes, only those are examined that share their passes with others.
+
     Raises:
-        TooManyPassesError: this usually takes, or took, more than 6000 passes.
+        TooManyPassesError: there are so many sources that it takes more to see what each of them reaches.
     """
-    most = len(_KINDS) * len(sources)
-    if most <= _MOST_IN_ALL:
-        prober = Prober(model, run)
-        found = _reached(prober, sources)
-        sets = [{key: sources[key] for key in keys} for keys in _together(found)]
-        most = len(_KINDS) * sum(_usual_passes(_sizes(one)) for one in sets)
-    if most > _MOST_IN_ALL:
-        raise TooManyPassesError(f"running the model to find which channels go together takes up to {most} passes")
+    if len(_KINDS) * len(sources) > _MOST_IN_ALL:
+        raise TooManyPassesError(_TOO_MANY.format(f"up to {len(_KINDS) * len(sources)}"))
+    prober = Prober(model, run)
+    found = _reached(prober, sources)
+    sets = [{key: sources[key] for key in keys} for keys in _together(found)]
+    passes = [len(_KINDS) * _usual_passes(_sizes(one)) for one in sets]
+    takes = f"more than {_MOST_IN_ALL}"
+    if sum(passes) > _MOST_IN_ALL:
+        takes = f"up to {sum(passes)}"
+        sets = _within(_MOST_IN_ALL, [pair for pair in zip(sets, passes, strict=True) if len(pair[0]) > 1])
+    examined: set[str] = set()
     for one in sets:
-        _exclude(prober, one, found)
         if prober.passes > _MOST_IN_ALL:
-            raise TooManyPassesError(
-                f"running the model to find which channels go together takes more than {_MOST_IN_ALL} passes"
-            )
+            break
+        _exclude(prober, one, found)
+        examined |= one.keys()
+    for key, influence in found.items():
+        if influence.inputs and key not in examined:
+            influence.unexamined = _TOO_MANY.format(takes)
+            influence.inputs = {name: _all_together(one) for name, one in influence.inputs.items()}
     return found, prober.passes
+
+
+def _within(most: int, sets: list[tuple[dict[str, Source], int]]) -> list[dict[str, Source]]:
+    """The largest sets, as many of them as take no more than ``most`` passes in all."""
+    chosen, passes = [], 0
+    for one, takes in sorted(sets, key=lambda pair: -len(pair[0])):
+        if passes + takes <= most:
+            chosen.append(one)
+            passes += takes
+    return chosen
+
+
+def _all_together(possible: Tensor) -> Tensor:
+    """Few marks of inputs and channels that join all of them: the first channel with all inputs, and the reverse."""
+    marks = torch.zeros_like(possible)
+    marks[0], marks[:, 0] = True, True
+    return marks
 
 
 def _sizes(sources: Mapping[str, Source]) -> dict[str, int]:

@@ -81,7 +81,10 @@ def coupled_channels(
     except TooManyPassesError as error:
         return Findings(reasons=dict.fromkeys(layers, str(error)))
     findings = Findings(passes=passes)
-    wide = {key: _wide(influence, sources[key].size) for key, influence in found.items()}
+    wide = {
+        key: torch.zeros(sources[key].size, dtype=torch.bool) if one.unexamined else _wide(one, sources[key].size)
+        for key, one in found.items()
+    }
     classes = _Classes(model, sources, found, wide)
     blocked = {}
     for key, source in sources.items():
@@ -90,6 +93,8 @@ def coupled_channels(
         elif found[key].ends:
             blocked[key] = f"{found[key].ends[0]} reads its channels"
             findings.read_elsewhere.add(key)
+        elif found[key].unexamined:
+            blocked[key] = found[key].unexamined
     findings.coupled = classes.components(blocked)
     free = {layer for one in findings.coupled for layer in one.layers}
     for name in layers:

@@ -176,12 +176,12 @@ class TracedGraph:
     def raw_groups(self, ignored: Collection[nn.Module]) -> Iterator[tuple[nn.Module, int, Any]]:
         """(first layer, its out channels, raw group), or the reason in place of a group in which Torch-Pruning fails.
 
-        Groups that contain outputs of ``ignored`` layers are left out. After three searches that do not end, no more
-        groups follow.
+        Groups that contain outputs of ``ignored`` layers are left out. No more groups follow once the searches that do
+        not end have followed half a million channels.
         """
         if self._graph is None:
             return
-        unbounded, seen = 0, {*self._graph.IGNORED_LAYERS_IN_TRACING, *ignored}
+        followed, seen = 0, {*self._graph.IGNORED_LAYERS_IN_TRACING, *ignored}
         for module in list(self._graph.module2node):
             if not isinstance(module, _ROOTS) or module in seen:
                 continue
@@ -191,8 +191,8 @@ class TracedGraph:
             try:
                 raw = self._graph.get_pruning_group(module, pruner.prune_out_channels, list(range(width)))
             except INSIDE_TORCH_PRUNING as error:
-                unbounded += isinstance(error, UnboundedSearchError)
-                if unbounded == _MOST_UNBOUNDED:
+                followed += error.followed if isinstance(error, UnboundedSearchError) else 0
+                if followed > _MOST_FOLLOWED:
                     self._graph, self.failure = None, unfollowed(error)
                     return
                 yield module, width, unfollowed(error)
@@ -326,23 +326,33 @@ def _refuse_scaled_rows(name: str, module: nn.Module) -> None:
 
 # A search may follow an edge more than once, on several paths. Its time grows with the square of the steps.
 _STEPS, _STEPS_PER_EDGE = 2000, 4
-# After so many searches without an end (such as through grouped queries), the graph is given up.
-_MOST_UNBOUNDED = 3
+# When searches without an end (such as through grouped queries) have followed so many channels, some ten seconds, the
+# graph is given up.
+_MOST_FOLLOWED = 500_000
 # Between layers a tensor may have more channels than any layer: concatenated, or including positions.
 _ROOM = 16
 
 
 class UnboundedSearchError(RuntimeError):
-    """Torch-Pruning follows more channels than there are."""
+    """Torch-Pruning follows more channels than there are.
+
+    Attributes:
+        followed: the number of channels at each step along an edge, summed.
+    """
+
+    def __init__(self, steps: int, channels: int, followed: int) -> None:
+        super().__init__(f"its search does not end (after {steps} steps it follows {channels} channels)")
+        self.followed = followed
 
 
 @dataclass
 class _Bounds:
-    """What one search may do: the most channels, the most steps along edges, and the steps so far."""
+    """What one search may do: the most channels, the most steps along edges, and what it has done so far."""
 
     channels: int
     most_steps: int
     steps: int = 0
+    followed: int = 0
 
 
 class _Mappings(list[Any]):
@@ -353,7 +363,7 @@ class _Mappings(list[Any]):
         super().__init__(self._bounded(mapping) for mapping in mappings)
 
     def __setitem__(self, index: Any, mapping: Any) -> None:
-        self._bounds.steps = 0
+        self._bounds.steps = self._bounds.followed = 0
         super().__setitem__(index, self._bounded(mapping))
 
     def _bounded(self, mapping: Callable[[Any], Any] | None) -> Callable[[Any], Any] | None:
@@ -363,10 +373,9 @@ class _Mappings(list[Any]):
         def bounded(channels: Any) -> Any:
             self._bounds.steps += 1
             found = mapping(channels)
+            self._bounds.followed += len(found)
             if len(found) > self._bounds.channels or self._bounds.steps > self._bounds.most_steps:
-                raise UnboundedSearchError(
-                    f"its search does not end (after {self._bounds.steps} steps it follows {len(found)} channels)"
-                )
+                raise UnboundedSearchError(self._bounds.steps, len(found), self._bounds.followed)
             return found
 
         return bounded
