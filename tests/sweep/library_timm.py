@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from sweep_networks import Architecture
 from torch import nn
+from torchvision_operators import import_torchvision
 
 PACKAGES = ("timm", "torchvision")
 NAMES = """
@@ -36,28 +36,10 @@ FEWER: tuple[dict[str, Any], ...] = ({"depth": 2}, {"depths": (1, 1, 1, 1)}, {"l
 SIZE = 64
 CLASSES = 7
 _sizes: dict[str, tuple[int, ...]] = {}
-_libraries: list[torch.library.Library] = []
-
-
-def _import_torchvision() -> None:
-    """Import it, declaring operators of its compiled part where a wheel for another torch lacks it."""
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError:  # an operator does not exist
-        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        library.define(
-            "roi_align(Tensor input, Tensor rois, float spatial_scale, SymInt pooled_height, SymInt pooled_width, "
-            "int sampling_ratio, bool aligned) -> Tensor"
-        )
-        _libraries.append(library)
 
 
 def _build(name: str) -> nn.Module:
-    _import_torchvision()
+    import_torchvision()
     import timm
 
     channels, size, _ = timm.get_pretrained_cfg(name, allow_unregistered=True).input_size
