@@ -246,7 +246,7 @@ def _scored(model: nn.Module, inputs: Any) -> float | None:
             (p * grads[p]).detach().flatten(1).sum(1) if p.dim() > 1 else (p * grads[p]).detach() for p in parameters
         )
         expected = expected.square()
-        if float(expected.max()) > 0:
+        if 0 < float(expected.max()) < torch.finfo(torch.float32).max:  # scores are float32
             worst = max(worst or 0.0, float((values.double() - expected).abs().max() / expected.max()))
     return worst
 
