@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import time
 import zlib
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -104,6 +105,11 @@ class _Prover:
         self.groups = {group.name: group for group in structure.groups if among is None or group.name in among}
         self.proof = Proof()
         self.seen: dict[str, set[int]] = {name: set() for name in self.groups}
+        self._turns: dict[str, int] = {}  # how many groups of the same size come before
+        of_size: Counter[int] = Counter()
+        for name, group in self.groups.items():
+            self._turns[name] = of_size[group.size]
+            of_size[group.size] += 1
 
     def prove(self) -> Proof:
         proof, limits = self.proof, getattr(self.structure, "limits", Limits())
@@ -111,7 +117,7 @@ class _Prover:
             {
                 name: units
                 for name, group in self.groups.items()
-                if not group.is_depth and len(units := self._units(group, limits, number))
+                if not group.is_depth and (len(units := self._units(group, limits, number)) or number)
             }
             for number in range(self.tries)
         ]
@@ -161,7 +167,11 @@ class _Prover:
         return plain
 
     def _units(self, group: ChannelGroup, limits: Limits, number: int) -> Tensor:
-        """About half of the units, different ones in every try; none if no smaller width is permitted."""
+        """About half of the units, different ones in every try; none if no smaller width is permitted.
+
+        Groups of one size have different widths: a view by the width of another tensor is right while both are equally
+        wide. Where only one smaller width is permitted, none are removed in every other try after the first.
+        """
         size, least = group.size, limits.min_units.get(group.name, 1)
         multiple = limits.round_to.get(group.name, 1)
         permitted = [width for width in range(least, size) if width % multiple == 0]
@@ -169,7 +179,13 @@ class _Prover:
             return torch.empty(0, dtype=torch.int64, device="cpu")
         # Every try leaves another width: an operation may be right for even widths only.
         permitted.sort(key=lambda width: abs(width - size / 2))
-        gone = size - (max(permitted) if number == _TRIES else permitted[min(number, len(permitted) - 1)])
+        if number == _TRIES:
+            left = max(permitted)
+        elif len(permitted) == 1:
+            left = size if number and (number + self._turns[group.name]) % 2 == 0 else permitted[0]
+        else:
+            left = permitted[min(number + self._turns[group.name] % (number + 3), len(permitted) - 1)]
+        gone = size - left
         if number > _TRIES:  # the first half, then the last, where a dependence on which units are removed shows best
             half = size - permitted[0]
             return (
