@@ -106,10 +106,10 @@ class _Prover:
         self.proof = Proof()
         self.seen: dict[str, set[int]] = {name: set() for name in self.groups}
         self._turns: dict[str, int] = {}  # how many groups of the same size come before
-        of_size: Counter[int] = Counter()
+        counts: Counter[int] = Counter()
         for name, group in self.groups.items():
-            self._turns[name] = of_size[group.size]
-            of_size[group.size] += 1
+            self._turns[name] = counts[group.size]
+            counts[group.size] += 1
 
     def prove(self) -> Proof:
         proof, limits = self.proof, getattr(self.structure, "limits", Limits())

@@ -23,7 +23,7 @@ from obc.model.layouts import layout_of, split_by_group
 from obc.model.plan import PruningPlan
 from obc.model.quantized import refuse_quantised
 from obc.model.refusals import refuse_unprunable
-from obc.model.shared_copy import shared_parameters
+from obc.model.shared_copy import shared_copy, shared_parameters
 from obc.structures.masking import lost_channels
 from obc.structures.measure import TracedCosts, layers_run, measure
 from obc.structures.memory import MemoryUse
@@ -43,6 +43,7 @@ from obc.structures.whole import kept_whole
 
 Layers = Sequence[nn.Module | str]
 _FOUND_BY_RUNNING = "Groups were found by running the model instead; what that does not find keeps its width"
+_COPIED = "removals are tried on copies: keep what can't be copied, such as locks and open files, outside the model"
 _INPUTS = "pass what its forward takes: a tensor, a tuple of arguments, or a dict of keywords"
 
 
@@ -128,6 +129,8 @@ class TorchPruningStructure:
                 "out": {self._layer(layer, "out_channel_groups"): n for layer, n in (out_channel_groups or {}).items()},
             },
         )
+        with explained(model, "copying it", _COPIED):
+            shared_copy(model)
         with explained(model, "running it on example_inputs", _INPUTS):
             self._usage = measure(model, lambda: self._forward_fn(model, example_inputs))
         self.more_runs, self.unreached = runs_reaching(
