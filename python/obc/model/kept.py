@@ -51,7 +51,7 @@ class Kept:
             if (indices := getattr(self, name)) is not None:
                 _check(name, indices)
         _check_size("out_size", self.out_size, self.out_channels)
-        _check_size("in_size", self.in_size, self.in_columns)
+        _check_size("in_size", self.in_size, self.in_channels, self.in_repeat)
 
     @property
     def in_columns(self) -> Tensor | None:
@@ -105,8 +105,8 @@ def _check(name: str, indices: Any) -> None:
         raise PlanError(f"{expected}, got {int(twice[0])} twice")
 
 
-def _check_size(name: str, size: Any, indices: Tensor | None) -> None:
-    least = 1 if indices is None or not len(indices) else int(indices.max()) + 1
+def _check_size(name: str, size: Any, indices: Tensor | None, repeat: int = 1) -> None:
+    least = 1 if indices is None or not len(indices) else (int(indices.max()) + 1) * repeat
     if size is not None and (type(size) is not int or size < least):
         raise PlanError(f"{name} must be the number of channels before pruning, at least {least} here, got {size!r}")
 

@@ -82,7 +82,9 @@ def coupled_channels(
         return Findings(reasons=dict.fromkeys(layers, str(error)))
     findings = Findings(passes=passes)
     wide = {
-        key: torch.zeros(sources[key].size, dtype=torch.bool) if one.unexamined else _wide(one, sources[key].size)
+        key: torch.zeros(sources[key].size, dtype=torch.bool, device="cpu")
+        if one.unexamined
+        else _wide(one, sources[key].size)
         for key, one in found.items()
     }
     classes = _Classes(model, sources, found, wide)
