@@ -162,3 +162,22 @@ def test_strict_raises_on_a_row_that_is_not_finite(bad: int) -> None:
     with pytest.raises(RuntimeError, match=f"row {bad}.*not finite"):
         obc.score(case.model, batches, case.loss, strict=True)
     assert all(p.grad is None and p.requires_grad for p in case.model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_scores_beyond_float32_are_refused(dtype: torch.dtype) -> None:
+    """Rows of a float64 model, and sums of many rows, are finite where scores no longer are; all would rank alike."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).to(dtype)
+    batches = [torch.randn(5, 4, dtype=dtype) for _ in range(40)]
+
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        return model(batch).square().mean() * size
+
+    size = 1.0
+    plain = obc.score(net, batches, loss, progress=False)["0"].in_channels
+    size = 1e25 if dtype == torch.float64 else (5e38 / float(plain.max())) ** 0.5
+    with pytest.raises(obc.scoring.ScoringError, match=r"scores of '.*' lie beyond .* divide the loss"):
+        obc.score(net, batches, loss, progress=False)
+    size = 1e-3
+    torch.testing.assert_close(obc.score(net, batches, loss, progress=False)["0"].in_channels, plain * 1e-6)

@@ -29,7 +29,7 @@ def scores_of(parts: Parts, rows: str, merged_over: Any) -> Scores:
         merged_over: the process group whose processes have rows of their own; None if this process has all rows.
 
     Raises:
-        ScoringError: no finite row has ended.
+        ScoringError: no finite row has ended, or a score lies beyond float32.
     """
     facts = Facts(parts.counter.count(), parts.coverage(), parts.counter.left_out)
     sums = {flat: flat.scores for flat in parts.flats}
@@ -48,6 +48,12 @@ def scores_of(parts: Parts, rows: str, merged_over: Any) -> Scores:
         name: {side: slot.of(sums[slot.flat]).detach().clone().float() for side, slot in sides.items()}
         for name, sides in slots.items()
     }
+    for name, values in ((name, values) for name, sides in found.items() for values in sides.values()):
+        if not bool(values.isfinite().all()):
+            raise ScoringError(
+                f"scores of {name!r} lie beyond the largest float32; divide the loss by a power of ten, which changes "
+                "no ranking"
+            )
     metadata = {"model": type(parts.model).__name__, "rows": rows, "obc": obc_version() or "unknown"}
     if facts.left_out:
         metadata["left_out"] = "; ".join(facts.left_out)
