@@ -20,7 +20,7 @@ lraspp_mobilenet_v3_large deeplabv3_mobilenet_v3_large deeplabv3_resnet50 fcn_re
 mc3_18 r3d_18 r2plus1d_18 s3d swin3d_t mvit_v1_b mvit_v2_s raft_small
 """
 SEGMENTATION = ("lraspp", "deeplabv3", "fcn")
-SIZES = {"inception_v3": 96, "alexnet": 80, "vit_b_16": 32}
+SIZES = {"inception_v3": 299, "alexnet": 80, "vit_b_16": 32}
 OPTIONS: dict[str, dict[str, Any]] = {
     "vit_b_16": {"image_size": 32},
     "mvit_v1_b": {"spatial_size": (64, 64), "temporal_size": 4},
