@@ -89,13 +89,20 @@ class Case:
         return {"pixel_values": torch.randn(2, 3, self.size, self.size, dtype=torch.float64, generator=generator)}
 
 
+def codegen(heads: int) -> nn.Module:
+    return language("CodeGen", n_ctx=40, n_head=heads, rotary_dim=4)
+
+
+# transformers before 5.18 divides by a constant number of blocks.
+COUNTS_BLOCKS = hasattr(codegen(4).transformer.h[0].attn, "mp_num")
+
 CASES = {
-    "codegen, a head a block": Case(
-        lambda: language("CodeGen", n_ctx=40, n_head=4, rotary_dim=4), "heads", "attn.out_proj", 8, (1, 2), 0
+    **(
+        {"codegen, a head a block": Case(lambda: codegen(4), "heads", "attn.out_proj", 8, (1, 2), 0)}
+        if COUNTS_BLOCKS
+        else {}
     ),
-    "codegen, heads in blocks": Case(
-        lambda: language("CodeGen", n_ctx=40, n_head=8, rotary_dim=4), "heads", "attn.out_proj", 4, (1,), 0
-    ),
+    "codegen, heads in blocks": Case(lambda: codegen(8), "heads", "attn.out_proj", 4, (1,), 0),
     "gpt-bigcode, by head": Case(
         lambda: language("GPTBigCode", n_head=4, multi_query=False), "heads", "attn.c_proj", 8, (0, 2), 0
     ),
@@ -158,9 +165,7 @@ def test_a_unit_is_what_its_reader_reads(name: str) -> None:
     torch.testing.assert_close(model(**inputs).logits, masked(**inputs).logits, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize(
-    "name", ["codegen, a head a block", "segformer", "beit, tables of layers", "deberta, both positions"]
-)
+@pytest.mark.parametrize("name", [*[*CASES][:1], "segformer", "beit, tables of layers", "deberta, both positions"])
 def test_they_are_saved_and_loaded(name: str, tmp_path: Any) -> None:
     case = CASES[name]
     model = case.build()
@@ -170,6 +175,18 @@ def test_they_are_saved_and_loaded(name: str, tmp_path: Any) -> None:
     loaded = load_pruned(tmp_path).double()
     inputs = case.inputs()
     torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize(("heads", "size"), [(4, 0), (8, 2), (16, 4)])
+def test_a_constant_number_of_blocks_stays(heads: int, size: int) -> None:
+    """As in transformers before 5.18: every block keeps as many heads as the others, and no block is removed."""
+    model: Any = codegen(heads)
+    for block in model.transformer.h:
+        vars(block.attn).pop("mp_num", None)
+    structure = TransformersStructure(model)
+    assert [group.size for group in structure.groups if group.kind == "heads"] == [size] * 2 * bool(size)
+    reasons = [reason for name, reason in structure.left_out.items() if name.endswith(".attn")]
+    assert reasons == ["its 4 heads are stored in 4 blocks"] * 2 * (not size)
 
 
 def test_a_table_that_all_layers_share_keeps_their_heads() -> None:

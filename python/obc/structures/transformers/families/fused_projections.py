@@ -35,14 +35,16 @@ def _mpt(module: nn.Module, heads: Heads, kind: str) -> HeadChannels | None:
 
 
 def _codegen(module: nn.Module, heads: Heads, kind: str) -> HeadChannels | None:
-    """If a block is one head, it is a unit; else one head of each block."""
-    blocks = getattr(module, "mp_num", None)
-    if not isinstance(blocks, int):
+    """If a block is one head and the module counts the blocks, a head is a unit; else one head of each block."""
+    counted = isinstance(getattr(module, "mp_num", None), int)
+    if not counted and type(module).__name__ != "CodeGenAttention":
         return None
+    # transformers before 5.18 has the number as a constant of forward.
+    blocks = getattr(module, "mp_num", 4)
     count, size = heads.queries, heads.size
-    if blocks == count:
+    if blocks == count and counted:
         return HeadChannels([channels(count, 3 * size)], channels(count, size), ("mp_num",))
-    if count % blocks:
+    if count % blocks or count == blocks:
         raise NotPrunableError(f"its {count} heads are stored in {blocks} blocks")
     inside = count // blocks
     return HeadChannels([channels(inside, size, 3 * blocks)], channels(inside, size, blocks))
