@@ -59,7 +59,7 @@ def test_operators_interpreted(file: str) -> None:
     [
         ("launches.py", "not slow"),
         pytest.param("launches.py", "slow", marks=pytest.mark.slow),
-        ("autotuning.py", "not slow"),
+        pytest.param("autotuning.py", "not slow", marks=pytest.mark.slow),
         pytest.param("autotuning.py", "slow", marks=pytest.mark.slow),
     ],
 )

@@ -55,7 +55,9 @@ def test_what_the_command_saves_by_itself_is_no_warning(
         assert "save_pretrained" not in said.out + said.err + caplog.text + (out / "obc_report.json").read_text()
 
 
-@pytest.mark.parametrize("uniform", [False, True], ids=["free", "uniform"])
+@pytest.mark.parametrize(
+    "uniform", [pytest.param(False, id="free"), pytest.param(True, marks=pytest.mark.slow, id="uniform")]
+)
 def test_it_writes_what_obc_prune_makes(uniform: bool, llama: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     options = ["--uniform"] if uniform else []

@@ -148,6 +148,7 @@ def test_recovery_measures_copies_and_leaves_the_pruned_network_alone(
     assert not caplog.records  # the demo chose a slow way on purpose
 
 
+@pytest.mark.slow
 def test_fine_tuning_gives_every_way_the_same_start_and_chooses_by_validation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(finetune, "EPOCHS", 1)
     monkeypatch.setattr(finetune, "LEARNING_RATES", (1e-7, 1e-2))

@@ -139,7 +139,7 @@ KINDS: dict[str, tuple[Callable[[], Case], list[tuple[list[str], list[str]]]]] =
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind == "vit")) for kind in KINDS])
 def test_transformers_are_scored_as_by_obc(kind: str) -> None:
     """Every criterion, on groups written down by hand; what it does not score is refused with the reason."""
     build, layers = KINDS[kind]

@@ -306,6 +306,7 @@ def _digest(isa: str, threads: int) -> tuple[str, int, str]:
     return used, int(used_threads), digest
 
 
+@pytest.mark.slow
 def test_bits_do_not_depend_on_instruction_set_or_threads() -> None:
     runs = [_digest("x86-64-v4", 1), _digest("x86-64-v3", 3), _digest("baseline", 2)]
     assert [threads for _, threads, _ in runs] == [1, 3, 2]

@@ -68,6 +68,7 @@ def test_runs_have_the_same_bits(family: str, rows: str) -> None:
     assert_equal(score(FAMILIES[family](), rows), first)
 
 
+@pytest.mark.slow
 def test_processes_have_the_same_bits() -> None:
     script = "import models, test_determinism as t; print(t.digest(t.score(models.residual_cnn(), 'batch')))"
     folders = [str(Path(__file__).parent), str(Path(__file__).parents[1])]

@@ -78,7 +78,7 @@ JOBS: dict[str, tuple[Callable[[int], nn.Module], Callable[[Any], object]]] = {
 }
 
 
-@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "proof")) for name in JOBS])
 def test_calls_grow_with_the_layers(name: str) -> None:
     build, job = JOBS[name]
     few, many = (build(layers) for layers in LAYERS)

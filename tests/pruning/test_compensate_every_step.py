@@ -101,10 +101,13 @@ def outputs_inside(loss: Any) -> Any:
     return forward
 
 
-SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in ((True, True), ("seq", False), ("mean", False))]
+SLOW = [
+    pytest.param(*case, marks=pytest.mark.slow)
+    for case in ((True, True), ("ls", False), ("seq", False), ("mean", False))
+]
 
 
-@pytest.mark.parametrize(("how", "by_default"), [("correct", True), ("ls", False), *SLOW])
+@pytest.mark.parametrize(("how", "by_default"), [("correct", True), *SLOW])
 def test_by_default_errors_are_corrected_after_every_step(how: Any, by_default: bool) -> None:
     found = {}
     for every in (None, by_default):

@@ -115,6 +115,7 @@ def test_compensation_reaches_feed_forward_and_attention_outputs(which: str, mod
     assert list(pruned.model.state_dict()) == names
 
 
+@pytest.mark.slow
 def test_seq_runs_each_module_alone_and_gives_what_whole_runs_give(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

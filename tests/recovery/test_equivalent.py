@@ -46,9 +46,15 @@ def test_forward_and_gradients_are_the_explicit_networks(name: str, training: bo
         assert (grad - truth).abs().max() <= EXACT, key
 
 
+# test_forward_and_gradients covers the others in make test.
+SHORT = ("grouped", "resnet", "swiglu")
+
+
 @pytest.mark.sampled
 @both_factors
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize(
+    "name", [*SHORT, *(pytest.param(name, marks=pytest.mark.slow) for name in RECIPES if name not in SHORT)]
+)
 def test_trains_like_the_explicit_network(name: str, factors: str) -> None:
     """Reduced factors train like explicit layers whose kept part is frozen to the identity."""
     pruned, equivalent = folded(name, factors)
@@ -277,6 +283,7 @@ def test_any_change_of_the_factors_is_noticed(change, factors: str) -> None:
             assert torch.equal(module.weight, expected)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_notices_changed_factors() -> None:
     _, equivalent = folded("chain")
     model, x = equivalent.model.eval(), RECIPES["chain"].inputs()

@@ -61,7 +61,9 @@ def assert_survives(kills: int, variant: tuple[str, ...], folder: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the runs are forked")
-@pytest.mark.parametrize("variant", VARIANTS, ids="-".join)
+@pytest.mark.parametrize(
+    "variant", [VARIANTS[0], *(pytest.param(variant, marks=pytest.mark.slow) for variant in VARIANTS[1:])], ids="-".join
+)
 def test_three_kills(variant: tuple[str, ...], tmp_path: Path) -> None:
     assert_survives(3, variant, tmp_path)
 
@@ -286,6 +288,7 @@ def _go_on_together(rank: int, store: str, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_processes_that_read_rows_together_go_on_together(tmp_path: Path) -> None:
     started.processes(_go_on_together, (str(tmp_path / "store"), str(tmp_path)), 2)
     assert {path.name for path in tmp_path.iterdir()} >= {"done0", "done1"}

@@ -225,7 +225,8 @@ def large_case() -> Case:
     return case
 
 
-@pytest.mark.parametrize("rows", ["batch", pytest.param("sample", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", ["batch", "sample"])
 def test_memory_that_runs_out_anywhere(rows: str) -> None:
     """A run with more address space fails later, by torch's error or Python's, and leaves no trace.
 
@@ -279,6 +280,7 @@ def test_an_allocation_that_is_refused(direction: str, rows: str) -> None:
     assert_equal(obc.score(case.model, case.batches, case.loss_fn(rows), rows=rows), expected)
 
 
+@pytest.mark.slow
 def test_memory_that_runs_out_while_saving(tmp_path: Path) -> None:
     """Either the new file is complete or the old one is; nothing else is left. Uses a fresh process, as above."""
     started.processes(_run_out_of_memory_while_saving, (tmp_path / "scores.safetensors",))

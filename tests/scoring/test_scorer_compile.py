@@ -39,7 +39,7 @@ def score_compiled(case: Case, backend: str, rows: str = "batch") -> obc.Scores:
     ("family", "rows"),
     [
         ("residual_cnn", "sample"),
-        ("residual_cnn", "batch"),
+        pytest.param("residual_cnn", "batch", marks=pytest.mark.slow),
         pytest.param("llama", "batch", marks=pytest.mark.slow),
         pytest.param("linears", "sample", marks=pytest.mark.slow),
     ],

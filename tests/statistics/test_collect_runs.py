@@ -107,6 +107,7 @@ def _process(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
     started.processes(_process, (str(tmp_path),), 2)
     case = families.FAMILIES["mixtral"]()
