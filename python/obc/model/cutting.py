@@ -12,6 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from obc.model.kept import Kept, PlanError, kept_of
 from obc.model.layouts import is_depthwise, layout_of
+from obc.model.linear_like import is_linear, sizes_of
 from obc.model.names import joined, named_modules, saved_buffers
 from obc.model.recurrent import is_recurrent, sync_recurrent
 from obc.model.slicing import same_values, sliced
@@ -81,14 +82,12 @@ def sync_sizes(module: nn.Module) -> None:
         return
     elif isinstance(module, _ConvNd) and is_depthwise(module):
         module.groups = module.in_channels = module.out_channels = len(weight)
-    elif isinstance(module, (_ConvNd, nn.Linear)):
+    elif isinstance(module, _ConvNd) or is_linear(module):
         layout = layout_of(module)
         assert layout is not None
-        out_channels, in_channels = layout.sizes(weight)
-        if isinstance(module, nn.Linear):
-            module.out_features, module.in_features = out_channels, in_channels
-        else:
-            module.out_channels, module.in_channels = out_channels, in_channels
+        for names in sizes_of(module):
+            for name, size in zip(names, layout.sizes(weight), strict=True):
+                setattr(module, name, size)
     elif isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         module.embedding_dim = weight.shape[1]
     elif isinstance(module, nn.GroupNorm):

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
+from obc.model.linear_like import is_linear
 from obc.model.rules import Rule, is_packed, is_transformers_conv1d, rule_for
 
 
 def layout_of(module: nn.Module) -> Rule | None:
     """The rule for the channels of a linear or convolutional layer; None for other modules."""
-    if not isinstance(module, (_ConvNd, nn.Linear)) and not is_transformers_conv1d(module):
+    if not (isinstance(module, _ConvNd) or is_linear(module) or is_transformers_conv1d(module)):
         return None
     rule = rule_for(module)
     return rule if isinstance(rule, Rule) else None

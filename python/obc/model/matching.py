@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from obc.model.kept import Kept, PlanError, with_columns
 from obc.model.layouts import expand, is_depthwise, layout_of
+from obc.model.linear_like import is_linear
 from obc.model.names import joined, named_modules, saved_buffers
 from obc.model.slicing import original_tensor
 
@@ -37,7 +38,7 @@ def match(original_state_dict: Mapping[str, Tensor], pruned_model: nn.Module) ->
         if all(original.shape == pruned.shape for original, pruned in tensors.values()):
             continue
         found = _match_module(name, module, tensors)
-        if isinstance(module, nn.Linear) and found.in_channels is not None:
+        if is_linear(module) and found.in_channels is not None:
             width = original_state_dict[f"{name}.weight"].shape[1]
             channel_first = {n: k for n, k in kept.items() if _is_channel_first(pruned_model.get_submodule(n))}
             found = _with_flatten(found, width, channel_first, original_state_dict)

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from obc.model.experts import DOWN, GATE_UP, UP, fused_experts, is_parallel, is_transposed
+from obc.model.linear_like import is_linear
 from obc.model.recurrent import is_recurrent
 from obc.model.sharding import is_dtensor
 
@@ -96,7 +97,7 @@ def rule_for(module: nn.Module) -> Rule | str | None:
         )
     if (packed := packed_weight(module)) is not None and _is_linear(module):
         return Rule("gate", weight=packed, bias=_bias_name(module), in_axis=1, out_dim=-1, in_dim=-1, packed=True)
-    if isinstance(module, nn.Linear):
+    if is_linear(module):
         return Rule("gate", bias=_bias_name(module), in_axis=1, out_dim=-1, in_dim=-1)
     if is_transformers_conv1d(module):  # GPT-2's linear layer with its weight stored (in, out)
         return Rule("gate", bias=_bias_name(module), out_axis=1, in_axis=0, out_dim=-1, in_dim=-1)

@@ -16,6 +16,7 @@ from obc.model.errors import PruningError, explained
 from obc.model.evaluation import differentiable, evaluating
 from obc.model.groups import Side
 from obc.model.layouts import channel_axis, layout_of, loose_buffers
+from obc.model.linear_like import acts_as_linear
 from obc.model.names import joined
 from obc.model.recurrent import is_recurrent
 from obc.model.rules import Rule, rule_for
@@ -89,7 +90,7 @@ def trace(
                 model,
                 example_inputs,
                 forward_fn=lambda model, inputs: differentiable(run(model, inputs)),
-                customized_pruners={kind: tp.pruner.function.LSTMPruner() for kind in (nn.GRU, nn.RNN)},
+                customized_pruners=_pruners(model),
                 unwrapped_parameters=[(named[name], dim) for name, dim in unwrapped.items()],
                 verbose=False,
             )
@@ -109,6 +110,26 @@ def trace(
             parameter.requires_grad_(False)
     bound_searches(found, model)
     return found
+
+
+class _LinearPruner(tp.pruner.function.LinearPruner):  # type: ignore[misc]
+    """Says how many channels a linear layer of any class has."""
+
+    def get_out_channels(self, layer: Any) -> int:
+        return int(layer.weight.shape[0])
+
+    def get_in_channels(self, layer: Any) -> int:
+        return int(layer.weight.shape[1])
+
+
+def _pruners(model: nn.Module) -> dict[type[nn.Module], Any]:
+    """For classes that Torch-Pruning does not know: other recurrent layers, and other libraries' linear layers."""
+    pruners: dict[type[nn.Module], Any] = dict.fromkeys(_linear_like(model), _LinearPruner())
+    return pruners | {kind: tp.pruner.function.LSTMPruner() for kind in (nn.GRU, nn.RNN)}
+
+
+def _linear_like(model: nn.Module) -> set[type[nn.Module]]:
+    return {type(module) for module in model.modules() if acts_as_linear(module)}
 
 
 @contextlib.contextmanager
@@ -171,6 +192,7 @@ class TracedGraph:
         self._graph: Any = None if self.failure else graph
         self.modules = dict(model.named_modules(remove_duplicate=True))
         self.names = {module: name for name, module in self.modules.items()}
+        self._linear = _linear_like(model)
         self.dims: dict[str, int] = {}
 
     def raw_groups(self, ignored: Collection[nn.Module]) -> Iterator[tuple[nn.Module, int, Any]]:
@@ -183,7 +205,7 @@ class TracedGraph:
             return
         followed, seen = 0, {*self._graph.IGNORED_LAYERS_IN_TRACING, *ignored}
         for module in list(self._graph.module2node):
-            if not isinstance(module, _ROOTS) or module in seen:
+            if not (isinstance(module, _ROOTS) or type(module) in self._linear) or module in seen:
                 continue
             pruner = self._graph.get_pruner_of_module(module)
             if pruner is None or (width := pruner.get_out_channels(module)) is None:

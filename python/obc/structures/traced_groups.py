@@ -12,6 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from obc.model.groups import ChannelGroup, Side
 from obc.model.layouts import layout_of
+from obc.model.linear_like import is_linear
 from obc.model.recurrent import is_recurrent
 from obc.structures.measure import Usage
 from obc.structures.removal import size_of
@@ -199,7 +200,7 @@ class GroupFinder:
         channels = divided(units, divisions if hidden is None else [*divisions, hidden])
         slices = [slice_of(module, side, roots, channels) for (module, side), roots in members.items()]
         for (module, side), roots in members.items():
-            if side == "in" and isinstance(self._modules.get(module), nn.Linear):
+            if side == "in" and module in self._modules and is_linear(self._modules[module]):
                 repeat = repeat_of(list(roots), list(roots.values()), size_of(self._modules[module], "in"))
                 self.repeats[name, module] = repeat
         return ChannelGroup(name, tuple(sorted(slices, key=lambda part: self.place(part.module))), kind)
@@ -250,7 +251,7 @@ class GroupFinder:
         """Record the number of diagonal blocks of a compressor of a projection's output."""
         fused = len(projections) == 1
         for module in projections:
-            blocks = self._settings.heads[module] * (3 if fused and isinstance(module, nn.Linear) else 1)
+            blocks = self._settings.heads[module] * (3 if fused and is_linear(module) else 1)
             self.blocks[self._names[module]] = (blocks, size_of(module, "out"))
 
     def _divisions(self, members: Members, size: int) -> list[Tensor]:

@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from obc.model.depth import Depth, outer_lists, with_lists
 from obc.model.kept import Kept, PlanError
 from obc.model.layouts import layout_of, split_by_group
+from obc.model.linear_like import is_linear
 from obc.model.plan import PruningPlan, refuse_non_plans
 from obc.model.quantized import refuse_quantised
 from obc.model.refusals import refuse_unprunable
@@ -123,7 +124,7 @@ class PlanRecorder:
     def _narrow_columns(self, module: nn.Module, before: Kept, size: int, removed: Tensor, roots: Any) -> Kept:
         if layout_of(module) is None and not isinstance(module, nn.MultiheadAttention):
             return before  # norms and embeddings have one set of channels, on the output side
-        repeat = repeat_of(removed.tolist(), roots, size) if isinstance(module, nn.Linear) else 1
+        repeat = repeat_of(removed.tolist(), roots, size) if is_linear(module) else 1
         if before.in_channels is not None:
             repeat = math.gcd(repeat, before.in_repeat)
         return before.narrowed_in(size, removed, repeat)
@@ -136,7 +137,7 @@ class PlanRecorder:
             kept = self.kept.get(name)
             if kept is None or kept.out_channels is None:
                 continue
-            fused = len(projections) == 1 and isinstance(module, nn.Linear)
+            fused = len(projections) == 1 and is_linear(module)
             blocks = self._heads[module] * (3 if fused else 1)
             original = self._widths[module]
             before = self._before.get(name, Kept()).out_channels
