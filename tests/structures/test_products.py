@@ -103,7 +103,7 @@ class FunctionalWeight(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.mid(self.first(x).relu()).relu()
-        y = F.linear(y, self.second.weight).relu()
+        y = torch.einsum("bti,oi->bto", y, self.second.weight).relu()
         return self.head(y).mean(1)
 
 

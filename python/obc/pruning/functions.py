@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import torch
 from torch import nn
@@ -14,7 +14,10 @@ from obc.model.autocast import in_present_autocast
 from obc.model.batches import RowKind
 from obc.model.errors import PruningError, on_batch
 from obc.model.evaluation import ForwardFn, LossFn, Run, call, call_on_batch, with_outputs
+from obc.model.functional_uses import calling_layers
 from obc.scoring.label_free import label_free_loss
+
+Function = TypeVar("Function", bound=Callable[..., Any] | None)
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Functions:
         refuse_uncallable(loss_fn=loss_fn, forward_fn=forward_fn)
         if loss_fn is None:
             forward_fn = forward_fn or call_on_batch
-        loss_fn, forward_fn = in_present_autocast(loss_fn), in_present_autocast(forward_fn)
+        loss_fn, forward_fn = _as_here(loss_fn), _as_here(forward_fn)
         forward = _forward(loss_fn, forward_fn, labels)
         one_of("rows", rows, get_args(RowKind))
         if not labels:
@@ -61,7 +64,7 @@ class Functions:
             raise ValueError("loss_fn is needed if labels are used; labels=False scores by the model's outputs alone")
         else:
             loss = loss_fn
-        return cls(loss_fn, forward_fn, loss, forward, in_present_autocast(call))
+        return cls(loss_fn, forward_fn, loss, forward, _as_here(call))
 
     def run_on(self, batch: Any) -> Run:
         """``run(model)``: what ``forward_fn`` returns on the batch, or what the model returns while ``loss_fn`` runs.
@@ -81,6 +84,11 @@ class Functions:
             return outputs or loss
 
         return run
+
+
+def _as_here(function: Function) -> Function:
+    """``function`` under the present autocast, with calls of layers in place of functional uses."""
+    return calling_layers(in_present_autocast(function))
 
 
 def _forward(loss_fn: Callable[..., Any] | None, forward_fn: ForwardFn | None, labels: bool) -> ForwardFn:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from obc.model.arguments import listed
 from obc.model.evaluation import call, evaluating
+from obc.model.functional_uses import calling_layers
 from obc.model.hooks import hooked
 from obc.model.layouts import layer_of
 from obc.recovery.folds import FoldedWeight
@@ -56,7 +57,7 @@ def positions(model: nn.Module, names: Sequence[str], example_inputs: Any) -> di
 
     handles = [model.get_submodule(name).register_forward_hook(partial(count, name)) for name in names]
     with hooked(handles), evaluating(model), torch.no_grad():
-        call(model, example_inputs)
+        calling_layers(call)(model, example_inputs)
     return seen
 
 

@@ -17,6 +17,7 @@ from obc.model.arguments import listed, number, one_of, refuse_uncallable
 from obc.model.autocast import in_present_autocast, without_autocast
 from obc.model.depth import expanded
 from obc.model.evaluation import ForwardFn, call_on_batch, evaluating, without_cache
+from obc.model.functional_uses import calling_layers, layers_called, other_use
 from obc.model.layouts import is_compiled
 from obc.model.plan import PruningPlan, refuse_non_plans
 from obc.model.processes import Processes, failing_together
@@ -137,13 +138,16 @@ def compensate(
         plan.refuse_unknown(pruned_model, "the pruned model")
         processes = Processes(process_group, next((p.device for p in original_model.parameters()), None))
         split = _split(UsableBatches.of(batches), held_out, processes)
-        forward = in_present_autocast(forward_fn or call_on_batch)
+        forward = calling_layers(in_present_autocast(forward_fn or call_on_batch))
         with (
             without_autocast(),
             expanded(pruned_model, plan.depth),
             evaluating(pruned_model, original_model),
             without_cache(pruned_model, original_model),
             torch.no_grad(),
+            layers_called(
+                (pruned_model, original_model), lambda: forward(original_model, next(iter(split[0])))
+            ) as other_uses,
             unfused(pruned_model, original_model, plan, next(iter(split[0])), forward, processes) as (layers, fused),
             LayerProgress("obc.compensate", progress) as bar,
         ):
@@ -166,7 +170,13 @@ def compensate(
         ]
         # Equivalent Pruning leaves fused experts sliced.
         report.decompressors = {name: found for name, found in report.decompressors.items() if name in plan}
+        partly = {name: function for name, function in other_uses.items() if name in report.layers}
+        report.notes += [f"{name}: {other_use(function)}" for name, function in partly.items()]
         _warn_of_unreached(report)
+        if partly:
+            warnings.warn(
+                f"compensation saw a part of these layers' inputs: {listed(report.notes[-len(partly) :])}", stacklevel=2
+            )
         _warn_of_few_rows(report, consumers)
         report.seconds = time.perf_counter() - start
         return report

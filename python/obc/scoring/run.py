@@ -15,6 +15,7 @@ from torch import nn
 from obc.model.arguments import iterable_batches, meant, no_batches, number, positive, refuse_uncallable
 from obc.model.batches import RowKind
 from obc.model.evaluation import LossFn, evaluating
+from obc.model.functional_uses import calling_layers
 from obc.model.processes import failing_together, gathered, notice
 from obc.model.progress import ProgressLog, progress_bar
 from obc.model.usable_batches import UsableBatches, all_finite
@@ -98,7 +99,7 @@ def score(
             raise ValueError("loss_fn is missing; pass one, or labels=False to score by the model's outputs alone")
         iterable_batches(batches)
         scorer = JacobianScorer(model, rows=rows, **options)
-        reader = BatchRows(scorer, loss_fn, micro_batch, loss_scale)
+        reader = BatchRows(scorer, calling_layers(loss_fn), micro_batch, loss_scale)
         total = len(batches) if isinstance(batches, Sized) else None
         if isinstance(batches, UsableBatches):
             total = batches.count

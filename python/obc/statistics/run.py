@@ -17,6 +17,7 @@ from obc.distribution import obc_version
 from obc.model.arguments import iterable_batches, listed, no_batches, one_of, positive, refuse_uncallable
 from obc.model.batches import RowKind, parts_of, refuse_empty, usable_in_autograd
 from obc.model.evaluation import ForwardFn, LossFn, call_on_batch, evaluating, without_cache
+from obc.model.functional_uses import calling_layers, other_use
 from obc.model.groups import Side, by_name
 from obc.model.layouts import is_compiled
 from obc.model.processes import failing_together, gathered, notice
@@ -37,7 +38,7 @@ from obc.statistics.loss import WatchedLoss, frozen, run_backward
 from obc.statistics.memory import refuse_too_large, stated
 from obc.statistics.names import Chosen, chosen_statistics, identity
 from obc.statistics.part import Part
-from obc.statistics.reader import Groups, Readers
+from obc.statistics.reader import Groups, Reader, Readers
 from obc.statistics.results import Statistics
 from obc.statistics.rows import Rows
 
@@ -138,7 +139,8 @@ def collect(
                 f"{needy[0]!r} needs gradients, by_block runs forward only: collect it without by_block"
             )
         iterable_batches(batches)
-        run = _Run(model, chosen, groups, rows, micro_batch, process_group, blockwise)
+        call = calling_layers(loss_fn or forward_fn or call_on_batch)
+        run = _Run(model, chosen, groups, rows, micro_batch, process_group, blockwise, call.other_uses)  # type: ignore[union-attr]
         if any(one.backward for one in chosen):
             refuse_unusable(model)
         total = len(batches) if isinstance(batches, Sized) else None
@@ -149,7 +151,6 @@ def collect(
             options |= getattr(loss_fn, "identity", {})
             options |= {} if blockwise is None else {"by_block": blockwise.identity()}
             run.saved = StatisticsCheckpoint(checkpoint, model, options, run.readers, run.scorer)
-        call = loss_fn or forward_fn or call_on_batch
         if blockwise is None:
             run.over(batches, call, total, every, progress)
         else:
@@ -169,8 +170,9 @@ class _Run:
         micro_batch: int | None,
         process_group: Any,
         by_block: ByBlock | None,
+        other_uses: Mapping[str, str],
     ) -> None:
-        self.by_block = by_block
+        self.by_block, self.other_uses = by_block, other_uses
         self.options = {one.name: identity(one) for one in chosen}
         if groups is None and Rows.name in self.options:  # every layer is read on both sides
             self.options[Rows.name] = identity(Rows("all"))
@@ -364,10 +366,18 @@ class _Run:
             report=self.report,
         )
 
+    def _coverage(self, reader: Reader) -> dict[str, Coverage]:
+        """How modules were read, also of which uses were not."""
+        found = reader.final_coverage()
+        for module, function in self.other_uses.items():
+            if module in found and found[module].scored:
+                found[module] = Coverage(found[module].how, other_use(function))
+        return found
+
     def _of_all_processes(self) -> list[dict[str, Any]]:
         facts = {
             "batches": self.done,
-            "coverage": {name: reader.final_coverage() for name, reader in self.readers.items()},
+            "coverage": {name: self._coverage(reader) for name, reader in self.readers.items()},
             "left_out": [line for reader in self.readers.values() for line in reader.sums.settle()],
         }
         if self.process_group is None:
@@ -382,5 +392,11 @@ class _Run:
         for name in self.readers:
             unread = [f"{module!r} ({how.reason})" for module, how in coverage[name].items() if not how.scored]
             lines += [f"no {name} of {listed(unread)}"] if unread else []
+            partly = [
+                f"{module!r} ({how.reason})"
+                for module, how in coverage[name].items()
+                if module in self.other_uses and how.scored
+            ]
+            lines += [f"{name} of a part of the inputs of {listed(partly)}"] if partly else []
         for line in lines:
             warnings.warn(f"obc.collect: {line}", stacklevel=4)

@@ -17,6 +17,7 @@ from obc.model.cutting import cut
 from obc.model.depth import Depth, outer_lists, with_lists
 from obc.model.errors import PruningError, explained
 from obc.model.evaluation import ForwardFn, Run, call
+from obc.model.functional_uses import calling_layers
 from obc.model.groups import ChannelGroup, Side
 from obc.model.kept import Kept, with_columns
 from obc.model.layouts import layout_of, split_by_group
@@ -118,7 +119,7 @@ class TorchPruningStructure:
         ):
             instance(name, counts, (Mapping, type(None)), "a mapping")
         example_inputs = usable_in_autograd(example_inputs)
-        self.model, self._example_inputs, self._forward_fn = model, example_inputs, forward_fn or call
+        self.model, self._example_inputs, self._forward_fn = model, example_inputs, calling_layers(forward_fn or call)
         self._modules = dict(model.named_modules(remove_duplicate=True))
         several("ignored_layers", ignored_layers)
         settings = Settings(
@@ -134,7 +135,7 @@ class TorchPruningStructure:
         with explained(model, "running it on example_inputs", _INPUTS):
             self._usage = measure(model, lambda: self._forward_fn(model, example_inputs))
         self.more_runs, self.unreached = runs_reaching(
-            model, lambda one: self._forward_fn(one, example_inputs), self._usage, other_runs
+            model, lambda one: self._forward_fn(one, example_inputs), self._usage, map(calling_layers, other_runs)
         )
         if self.more_runs:
             with unchanged_buffers(model):

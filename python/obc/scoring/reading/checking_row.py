@@ -166,7 +166,7 @@ def settle(plan: Plan, fall_back: bool) -> list[str]:
     """
     fallen = []
     for source in plan.sources:
-        reason = _compare(source.readers, source.gradient)
+        reason = _compare(source.readers, source.gradient) if source.gradient.seen else None
         if reason is not None:
             _take_reference(source.readers)
             _fall_back(source, fall_back, reason)
@@ -182,9 +182,9 @@ def holds_on_a_sample(plan: Plan) -> bool:
     If not, if a module was not reached, or if its row is zero, a whole batch must be checked.
     """
     for source in plan.sources:
-        if _compare(source.readers, source.gradient) is not None:
+        if source.gradient.seen and _compare(source.readers, source.gradient) is not None:
             return False
-        if not all(bool(slot.of(slot.flat.reference).any()) for slot in _slots_of(source.readers)):
+        if source.gradient.seen and not all(bool(slot.of(slot.flat.reference).any()) for slot in source.gradient.slots):
             return False
     for reader in plan.without_source():
         reader.notice_changes()
@@ -202,8 +202,10 @@ def settle_unchecked(plan: Plan, fall_back: bool) -> None:
 
 def _fall_back(source: GradientSource, scored: bool, reason: str | None = None) -> None:
     for reader in source.readers:
-        reader.how, reader.scored = "weight gradient", scored
+        reader.how, reader.scored = "weight gradient", scored and not source.partial
         reader.reason = reader.reason or reason
+        if source.partial:
+            reader.reason = f"{reader.reason}; its weight's gradient can't replace them, because others share its bias"
         logger.info("module %r is not read by gates: %s", reader.name, reader.reason)
 
 
@@ -239,7 +241,7 @@ def _compare(readers: list[ModuleReader], source: WeightGradient) -> str | None:
     if not any(reader.called for reader in readers):
         return "its parameters are used without calling its forward"
     half = _half_precision(readers)
-    for slot in _slots_of(readers):
+    for slot in source.slots:
         if (reason := _disagreement(slot, source, half)) is not None:
             return reason
     return None

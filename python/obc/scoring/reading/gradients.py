@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
+from torch.nn.utils import parametrize
 
 from obc import ops
 from obc.scoring.reading.flat_row import FlatRow, Slot
@@ -49,6 +51,56 @@ class NormGradients:
         row.index_add_(0, self.channels, weights.to(row.dtype) * self.gradient.to(row.dtype))
 
 
+class ComputedWeight:
+    """A weight that a module computes from parameters whenever it is read or called, such as a weight norm's.
+
+    While it is attached every computed tensor is a leaf, so that its gradient has all that reads it. A compiler's graph
+    has no such leaves.
+
+    Args:
+        module: the module, whose weight is not a parameter.
+        name: the weight's attribute.
+
+    Attributes:
+        seen: whether the module has computed a leaf.
+    """
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self.module, self.name, self.seen = module, name, False
+
+    @classmethod
+    def of(cls, module: nn.Module, name: str) -> ComputedWeight | None:
+        """The weight if it is computed by a parametrisation, or by a hook before the forward; otherwise None."""
+        hooked = name in vars(module) and bool(module._forward_pre_hooks)
+        return cls(module, name) if hooked or parametrize.is_parametrized(module, name) else None
+
+    def attach(self, contract: Callable[[Tensor], None]) -> list[Callable[[], None]]:
+        """Call ``contract`` with each leaf that has its gradient; returns what undoes this."""
+
+        def leaf(computed: Tensor) -> Tensor:
+            found = computed.detach().requires_grad_(True)
+            found.register_post_accumulate_grad_hook(contract)
+            return found
+
+        def parametrised(module: nn.Module, args: object, output: Tensor) -> Tensor | None:
+            self.seen = self.seen or not is_compiling()
+            return None if is_compiling() else leaf(output)
+
+        def called(module: nn.Module, args: object) -> None:
+            if not is_compiling():
+                self.seen = True
+                setattr(module, self.name, leaf(getattr(module, self.name)))
+
+        if parametrize.is_parametrized(self.module, self.name):
+            return [self.module.parametrizations[self.name].register_forward_hook(parametrised).remove]  # type: ignore[union-attr, index]
+        before: Tensor = getattr(self.module, self.name)
+        setattr(self.module, self.name, leaf(before))  # a function may read it before the first call
+        return [
+            self.module.register_forward_pre_hook(called).remove,
+            lambda: setattr(self.module, self.name, before),
+        ]
+
+
 class WeightGradient:
     """r read from a weight's own gradient, which is contracted and dropped as soon as autograd has it.
 
@@ -56,7 +108,7 @@ class WeightGradient:
     ``column_dim`` of the weight; which of them are out or in channels depends on the modules that use the weight.
 
     Args:
-        weight: a leaf parameter.
+        weight: a leaf parameter, or a weight that the module computes.
         rows: the slot of dimension 0, or None.
         columns: the slot of dimension ``column_dim`` (times groups), or None.
         groups: conv groups.
@@ -68,7 +120,7 @@ class WeightGradient:
 
     def __init__(
         self,
-        weight: nn.Parameter,
+        weight: nn.Parameter | ComputedWeight,
         rows: Slot | None,
         columns: Slot | None,
         groups: int,
@@ -82,23 +134,43 @@ class WeightGradient:
         self.biases, self.elementwise = biases, elementwise
         self.fired = False
         self.magnitude = 0.0
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._undo: list[Callable[[], None]] = []
+
+    @property
+    def slots(self) -> list[Slot]:
+        """The slots that it is contracted into."""
+        return [slot for slot in (self.rows, self.columns) if slot is not None]
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters whose gradients are read."""
+        weight = [] if isinstance(self.weight, ComputedWeight) else [self.weight]
+        return [*weight, *(bias for bias, _ in self.biases)]
+
+    @property
+    def seen(self) -> bool:
+        """Whether there is a gradient to see: a compiled model computes its computed weights unseen."""
+        return self.fired or not isinstance(self.weight, ComputedWeight) or self.weight.seen
 
     def attach(self, target: Callable[[FlatRow], Tensor], measure: bool = False) -> None:
         """Contract every gradient into the vector ``target(flat)``; ``measure`` also sums |w| |g|."""
         self.detach()
-        self.weight.requires_grad_(True)
-        self._handles.append(self.weight.register_post_accumulate_grad_hook(self._weight_hook(target, measure)))
+        for parameter in self.parameters:
+            parameter.requires_grad_(True)
+        contract = self._weight_hook(target, measure)
+        if isinstance(self.weight, ComputedWeight):
+            self._undo += self.weight.attach(contract)
+        else:
+            self._undo.append(self.weight.register_post_accumulate_grad_hook(contract).remove)
         for bias, slot in self.biases:
-            bias.requires_grad_(True)
-            self._handles.append(bias.register_post_accumulate_grad_hook(self._bias_hook(slot, target)))
+            self._undo.append(bias.register_post_accumulate_grad_hook(self._bias_hook(slot, target)).remove)
 
     def detach(self) -> None:
         """Remove the hooks and freeze the parameters."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        for parameter in (self.weight, *(bias for bias, _ in self.biases)):
+        for undo in self._undo:
+            undo()
+        self._undo.clear()
+        for parameter in self.parameters:
             parameter.requires_grad_(False)
 
     def _weight_hook(self, target: Callable[[FlatRow], Tensor], measure: bool) -> Callable[[Tensor], None]:

@@ -18,7 +18,7 @@ from obc.scoring.coverage import Coverage
 from obc.scoring.reading.chain_candidates import Candidates, Pending
 from obc.scoring.reading.chains import Chains
 from obc.scoring.reading.flat_row import FlatRow, Slot
-from obc.scoring.reading.gradients import NormGradients, WeightGradient
+from obc.scoring.reading.gradients import ComputedWeight, NormGradients, WeightGradient
 from obc.scoring.reading.module_readers import ModuleReader
 from obc.scoring.sharding import tied
 
@@ -28,10 +28,14 @@ _SIDES: frozenset[Side] = frozenset(("in", "out"))
 
 @dataclass
 class GradientSource:
-    """A weight's gradient and the readers that it checks or replaces; a tied weight has several."""
+    """A weight's gradient and the readers that it checks or replaces; a tied weight has several.
+
+    ``partial``: it checks one side only and replaces nothing, because others share the bias.
+    """
 
     gradient: WeightGradient
     readers: list[ModuleReader]
+    partial: bool = False
 
 
 @dataclass
@@ -78,7 +82,7 @@ class Plan:
 
     def parameters_read(self) -> set[int]:
         """The identities of the parameters that the plan reads."""
-        weights = [source.gradient.weight for source in self.sources]
+        weights = [one for source in self.sources for one in source.gradient.parameters]
         norms = [norm for part in self.norms for norm, _ in part]
         return {id(parameter) for parameter in (*weights, *norms, *self.unchecked)}
 
@@ -114,7 +118,7 @@ class Plan:
 
     def without_source(self) -> list[ModuleReader]:
         """Readers whose gates no weight's gradient can check or replace."""
-        checked = {reader for source in self.sources for reader in source.readers}
+        checked = {reader for source in self.sources if source.gradient.seen for reader in source.readers}
         return [reader for reader in self.readers.values() if reader.how == "gate" and reader not in checked]
 
     def sides(self, name: str) -> dict[str, Slot]:
@@ -170,7 +174,8 @@ class _Relations:
     """The readers that share a weight, and those that a weight's gradient can check, for a whole plan."""
 
     def __init__(self, plan: Plan) -> None:
-        self.checkable = {reader for source in plan.sources for reader in source.readers}
+        whole = [source for source in plan.sources if source.gradient.seen and not source.partial]
+        self.checkable = {reader for source in whole for reader in source.readers}
         # Computed weights are new tensors at every access: held, so that no two have the same identity.
         self._weights = {reader: reader.weight for reader in plan.readers.values()}
         self._sharing: dict[int, list[ModuleReader]] = {}
@@ -307,26 +312,44 @@ def _plan_gradients(plan: Plan, per_sample: bool) -> None:
     inseparable = _sharing_a_bias_alone(plan.readers.values())
     for reader in plan.readers.values():
         weight = reader.weight
-        leaf = isinstance(weight, nn.Parameter) and weight.is_floating_point() and not reader.rule.packed
+        has_gradient = _with_gradient(reader) is not None
         if reader.rule.inputs_alone:
             plan.unchecked.append(weight)
         elif reader in inseparable:
             plan.unchecked.append(weight)
             if reader.rule.out_dim is None:
                 reader.scored, reader.reason = False, "it shares its bias with other modules and no gate serves it"
+            elif has_gradient and reader.in_ is not None and reader.in_.read:
+                by_weight.setdefault(_weight_key(reader), []).append(reader)
         elif reader.rule.kind == "norm" and not per_sample and isinstance(weight, nn.Parameter):
             reader.how = "norm gradient"
             weights.append((weight, reader.out))
             if reader.rule.bias is not None:
                 biases.append((getattr(reader.module, reader.rule.bias), reader.out))
-        elif leaf:
-            by_weight.setdefault(id(weight), []).append(reader)
+        elif has_gradient:
+            by_weight.setdefault(_weight_key(reader), []).append(reader)
             if reader.rule.out_dim is None:
                 reader.reason = "no activation shows how its parameters are used"
         elif reader.rule.out_dim is None:
             reader.scored, reader.reason = False, "its weight is computed and no gate serves it"
     plan.norms = [part for entries in (weights, biases) for part in _by_kind(_once(entries))]
-    plan.sources = [GradientSource(_weight_gradient(readers), readers) for readers in by_weight.values()]
+    for readers in by_weight.values():
+        partial = not inseparable.isdisjoint(readers)
+        plan.sources.append(GradientSource(_weight_gradient(readers, partial), readers, partial))
+
+
+def _with_gradient(reader: ModuleReader) -> nn.Parameter | ComputedWeight | None:
+    """The reader's weight, if it has a gradient that can be read."""
+    weight = reader.weight
+    if reader.rule.packed or not weight.is_floating_point():
+        return None
+    return weight if isinstance(weight, nn.Parameter) else ComputedWeight.of(reader.module, reader.rule.weight)
+
+
+def _weight_key(reader: ModuleReader) -> int:
+    """What identifies a weight: the parameter, or the module that computes it anew at every access."""
+    weight = reader.weight
+    return id(weight if isinstance(weight, nn.Parameter) else reader.module)
 
 
 def _once(entries: Iterable[tuple[nn.Parameter, Slot]]) -> list[tuple[nn.Parameter, Slot]]:
@@ -366,23 +389,23 @@ def _by_kind(entries: list[tuple[nn.Parameter, Slot]]) -> list[list[tuple[nn.Par
     return list(parts.values())
 
 
-def _weight_gradient(readers: list[ModuleReader]) -> WeightGradient:
-    """The transient gradient of the weight that these readers share."""
+def _weight_gradient(readers: list[ModuleReader], partial: bool) -> WeightGradient:
+    """The transient gradient of the weight that these readers share; if it is ``partial``, of their in channels."""
     by_axis: dict[int, Slot] = {}
     biases = []
     for reader in readers:
         rule = reader.rule
-        if reader.out.read:
+        if reader.out.read and not partial:
             by_axis[0 if rule.elementwise else rule.out_axis] = reader.out
         if rule.in_axis is not None and reader.in_ is not None and reader.in_.read:
             by_axis[rule.in_axis] = reader.in_
         bias = None if rule.bias is None else getattr(reader.module, rule.bias)
-        if isinstance(bias, nn.Parameter) and reader.out.read:
+        if isinstance(bias, nn.Parameter) and reader.out.read and not partial:
             biases.append((bias, reader.out))
     column_dim = 2 if any(2 in (reader.rule.in_axis, reader.rule.out_axis) for reader in readers) else 1
     first = readers[0]
-    weight = first.weight
-    assert isinstance(weight, nn.Parameter)
+    weight = _with_gradient(first)
+    assert weight is not None
     return WeightGradient(
         weight,
         by_axis.get(0),
