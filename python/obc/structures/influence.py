@@ -5,18 +5,14 @@ of a parameter or buffer outside layers. So an input may depend on channels of s
 several channels of one layer, as behind a gated unit. Sources that no layer reads in common are examined in the same
 passes.
 
-In each pass some channels change, and an input that does not notice depends on none of them. Of few channels those
-change first whose numbers have a certain bit. Then every input is left with the channels that differ from its own in
-some bits only, and those change one by one; channels that no input may both depend on change in one pass. Many channels
-are numbered: one by one, in halves side by side, head by head, and so on. If all but a few numbers change, and some
-input does not notice, its channels have these numbers; then the bits of the numbers tell the same of all other inputs
-in a few passes. At the end random sets change: small ones tell this of inputs that depend on many channels, large ones
-of many channels at once; both are drawn until nothing more is excluded.
+At first the channels of all sources change at once whose numbers have a certain bit, but not of sources whose channels
+are mixed. Where layers add up channels of equal numbers, as to a residual stream, this tells what each input depends
+on, and these sources are done. In all passes after that no two sources change that some layer reads in common.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -31,22 +27,12 @@ from obc.model.layouts import is_depthwise
 from obc.model.names import joined, named_modules
 from obc.model.recurrent import is_recurrent
 from obc.model.shared_copy import parameter_uses, replace_parameter
+from obc.structures.influence_sets import change, usual_passes, with_bit
 from obc.structures.probing import Prober, changed, pattern, sums
 
 # Size and sign of the invented numbers: a ReLU, a threshold or an activation that saturates hides some. What an input
 # notices for any of them counts.
 _KINDS = ((1.0, 1), (30.0, -1))
-# Shares of the channels that change, by turns; None: those that did not in the pass before.
-_SHARES = (0.5, None, 0.25, 0.125, 0.5, None, 0.0625)
-_MOST_PASSES, _IN_VAIN = 200, 18
-# Of up to this many channels every input notices, or not, each one alone.
-_FEW = 256
-# An input that noticed so many single channels, and missed none, is taken to depend on all that it may.
-_ENOUGH = 16
-# Numberings of many channels whose bits change, and the channels whose numbers do not at first, as shares of the size:
-# several, because some may go together otherwise than the rest.
-_MOST_NUMBERINGS = 4
-_UNCHANGED = (0.0, 0.4, 0.7)
 # In all. A block of a YOLO takes some 250.
 _MOST_IN_ALL = 6000
 _TOO_MANY = "running the model to find which channels go together takes {} passes"
@@ -56,6 +42,9 @@ _PRODUCTS = {
     *(torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.einsum, torch.tensordot),
     *(Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.addmm, Tensor.__matmul__, Tensor.__rmatmul__),
 }
+
+# Key of a source -> module that it reaches -> (inputs,) bool: which of them notice that all its channels change.
+_Noticed = dict[str, dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -107,14 +96,20 @@ def influences(model: nn.Module, run: Run, sources: Mapping[str, Source]) -> tup
     if len(_KINDS) * len(sources) > _MOST_IN_ALL:
         raise TooManyPassesError(_TOO_MANY.format(f"up to {len(_KINDS) * len(sources)}"))
     prober = Prober(model, run)
-    found = _reached(prober, sources)
+    found, noticed = _reached(prober, sources)
     sets = [{key: sources[key] for key in keys} for keys in _together(found)]
-    passes = [len(_KINDS) * _usual_passes(_sizes(one)) for one in sets]
+    at_once = len(sources) + 2 * len(_KINDS) * (max((one.size for one in sources.values()), default=1)).bit_length()
+    told: set[str] = set()
+    if len(sets) > 1 and prober.passes + at_once <= _MOST_IN_ALL:
+        told = _tell_at_once(prober, sources, noticed, found)
+        left = {key: one for key, one in found.items() if key not in told}
+        sets = [{key: sources[key] for key in keys} for keys in _together(left)]
+    passes = [len(_KINDS) * usual_passes(_sizes(one)) for one in sets]
     takes = f"more than {_MOST_IN_ALL}"
     if sum(passes) > _MOST_IN_ALL:
         takes = f"up to {sum(passes)}"
         sets = _within(_MOST_IN_ALL, [pair for pair in zip(sets, passes, strict=True) if len(pair[0]) > 1])
-    examined: set[str] = set()
+    examined = set(told)
     for one in sets:
         if prober.passes > _MOST_IN_ALL:
             break
@@ -148,21 +143,72 @@ def _sizes(sources: Mapping[str, Source]) -> dict[str, int]:
     return {key: source.size for key, source in sources.items()}
 
 
-def _reached(prober: Prober, sources: Mapping[str, Source]) -> dict[str, Influence]:
-    """The modules that each source reaches, with every input marked, and its ends."""
-    found = {key: Influence() for key in sources}
+def _reached(prober: Prober, sources: Mapping[str, Source]) -> tuple[dict[str, Influence], list[_Noticed]]:
+    """The modules that each source reaches, with every input marked, and its ends; and which inputs notice it."""
+    found, noticed = {key: Influence() for key in sources}, list[_Noticed]()
     for scale, sign in _KINDS:
         prober.scale, prober.sign = scale, sign
         before, ends_before = _read_watching(prober, sources, {})
+        finite = {
+            name: torch.stack(one).isfinite().all(0) for name, one in before.items() if len({*map(len, one)}) == 1
+        }
+        noticed.append({key: {} for key in sources})
         for key, source in sources.items():
             now, ends = _read_watching(prober, sources, {key: torch.ones(source.size, dtype=torch.bool, device="cpu")})
             for name, differs in changed(before, now).items():
                 if bool(differs.any()):
                     whole = torch.ones(len(differs), source.size, dtype=torch.bool, device="cpu")
                     found[key].inputs.setdefault(name, whole)
+                    noticed[-1][key][name] = differs & finite[name]
             mine = found[key].ends
             mine += [end for end, value in ends.items() if ends_before.get(end) != value and end not in mine]
-    return found
+    return found, noticed
+
+
+def _tell_at_once(
+    prober: Prober, sources: Mapping[str, Source], noticed: Sequence[_Noticed], found: Mapping[str, Influence]
+) -> set[str]:
+    """Change channels of many sources at once; the sources of which it is then known what depends on them.
+
+    If changed channels with odd numbers reach most of the inputs that all do, the source mixes channels. It stays
+    unchanged, because it would hide what the others do.
+    """
+    prober.scale, prober.sign = _KINDS[0]
+    before, several = _read(prober, sources, {}), []
+    for key, source in sources.items():
+        now = changed(before, _read(prober, sources, {key: torch.arange(source.size, device="cpu") % 2 == 1}))
+        mixed = any(name in now and 4 * now[name].sum() > 3 * one.sum() for name, one in noticed[0][key].items())
+        several += [key] if source.size > 1 and not mixed else []
+    told = {key: {name: torch.zeros_like(one) for name, one in found[key].inputs.items()} for key in several}
+    for (prober.scale, prober.sign), seen in zip(_KINDS, noticed, strict=True):
+        numbers = _numbers_read(prober, {key: sources[key] for key in several})
+        for key in several:
+            for name, places in seen[key].items():
+                number = numbers.get(name, torch.full((len(places),), -1, device="cpu"))[places]
+                if key in told and bool(((number >= 0) & (number < sources[key].size)).all()):
+                    told[key][name][places, number] = True
+                else:
+                    told.pop(key, None)
+    for key, inputs in told.items():
+        _note(prober, sources, key, found[key], inputs)
+    return set(told)
+
+
+def _numbers_read(prober: Prober, sources: Mapping[str, Source]) -> dict[str, Tensor]:
+    """Module -> for each input the number of the only channels of any source that it depends on; -1: there are others.
+
+    Two passes per bit, as in :mod:`obc.structures.probing`.
+    """
+    before, numbers, sizes = _read(prober, sources, {}), dict[str, Tensor](), _sizes(sources)
+    for bit in range(max((size - 1 for size in sizes.values()), default=0).bit_length()):
+        zero, one = (
+            changed(before, _read(prober, sources, {key: with_bit(size, bit, value) for key, size in sizes.items()}))
+            for value in (0, 1)
+        )
+        for name in zero.keys() & one.keys():
+            number = numbers.setdefault(name, torch.zeros(len(one[name]), dtype=torch.int64, device="cpu"))
+            numbers[name] = torch.where(zero[name] != one[name], number | one[name].long() << bit, -1)
+    return numbers
 
 
 def _together(found: Mapping[str, Influence]) -> list[list[str]]:
@@ -184,6 +230,7 @@ def _together(found: Mapping[str, Influence]) -> list[list[str]]:
 def _exclude(prober: Prober, sources: Mapping[str, Source], found: Mapping[str, Influence]) -> None:
     """Mark the inputs that do not depend on a channel."""
     total = {(key, name): torch.zeros_like(one) for key in sources for name, one in found[key].inputs.items()}
+    useful: dict[str, list[Tensor]] = {}
     for prober.scale, prober.sign in _KINDS:
         before = _read(prober, sources, {})
         everything = {key: torch.ones(source.size, dtype=torch.bool, device="cpu") for key, source in sources.items()}
@@ -206,127 +253,27 @@ def _exclude(prober: Prober, sources: Mapping[str, Source], found: Mapping[str, 
                         one &= ~unnoticed
             return more
 
-        def most(key: str, possible: Any = possible) -> int:
-            """The most channels of a source that an input may depend on."""
-            return max((int(one.sum(1).max()) for (own, _), one in possible.items() if own == key), default=0)
-
-        def may(key: str, possible: Any = possible) -> Tensor:
+        def may(key: str, possible: Any = possible, marks: Any = possible) -> Tensor:
             """(inputs, channels) bool: which channels of a source the inputs that it reaches may depend on."""
-            return torch.cat([one for (own, _), one in possible.items() if own == key])
+            return torch.cat([marks[part] for part in possible if part[0] == key])
 
         keys = {key for key, _ in possible}
         sizes = {key: size for key, size in _sizes(sources).items() if key in keys}
-        if sizes and max(sizes.values()) <= _FEW:
-            _change_few(sizes, excluded, may)
-        elif sizes:
-            _change_many(sizes, excluded, most)
+        if sizes:
+            change(sizes, excluded, may, partial(may, marks=total), useful)
         for part, one in possible.items():
             total[part] |= one
-    for (key, name), one in total.items():
-        found[key].inputs[name] = one
-        found[key].mixed[name] = bool(one.any()) and _mixes(prober, sources, key, name, one)
+    for key in sources:
+        _note(prober, sources, key, found[key], {name: one for (own, name), one in total.items() if own == key})
 
 
-def _change_few(
-    sizes: Mapping[str, int], excluded: Callable[[Mapping[str, Tensor]], set[str]], may: Callable[[str], Tensor]
+def _note(
+    prober: Prober, sources: Mapping[str, Source], key: str, influence: Influence, inputs: Mapping[str, Tensor]
 ) -> None:
-    """Change the channels whose numbers have certain bits, then single ones, until it is known which an input notices.
-
-    This is exact for an input that notices fewer than 16 channels, or misses one of them after the bits.
-    """
-    for bit in range(_bits(max(sizes.values()))):
-        for value in (0, 1):
-            excluded({key: (torch.arange(size, device="cpu") >> bit) & 1 == value for key, size in sizes.items()})
-    left = {key: may(key) for key in sizes}
-    noticed = {key: torch.zeros_like(one) for key, one in left.items()}
-    while chosen := {key: one for key in sizes if bool((one := _single(may(key), left[key], noticed[key])).any())}:
-        excluded(chosen)
-        for key, channels in chosen.items():
-            noticed[key] |= may(key) & channels
-
-
-def _bits(most: int) -> int:
-    """How many bits of the numbers of up to so many channels are worth two passes each."""
-    return (most - 1).bit_length() if most > _ENOUGH else 0
-
-
-def _single(may: Tensor, left: Tensor, noticed: Tensor) -> Tensor:
-    """(channels,) bool: channels to change at once, of which each input may depend on one at most.
-
-    Args:
-        may: (inputs, channels) bool: the channels that an input may still depend on.
-        left: the same after the bits.
-        noticed: those that it is known to notice.
-    """
-    enough = (noticed.sum(1) >= _ENOUGH) & (may == left).all(1) & (2 * may.sum(1) > may.shape[1])
-    unknown = (may.sum(1) > 1) & ~enough
-    may = may & unknown[:, None]
-    wanted = (may & ~noticed).any(0)
-    generator = torch.Generator().manual_seed(0)
-    taken, chosen = torch.zeros_like(unknown), torch.zeros_like(wanted)
-    for channel in torch.randperm(len(wanted), generator=generator, device="cpu").tolist():
-        if wanted[channel] and not bool((may[:, channel] & taken).any()):
-            chosen[channel] = True
-            taken |= may[:, channel]
-    return chosen
-
-
-def _change_many(
-    sizes: Mapping[str, int], excluded: Callable[[Mapping[str, Tensor]], set[str]], most: Callable[[str], int]
-) -> None:
-    """Change sets of channels by their numbers, then random ones."""
-    numberings = {key: numberings_of(size) for key, size in sizes.items()}
-    left = dict.fromkeys(sizes, _MOST_NUMBERINGS)
-    for turn in range(max(map(len, numberings.values()))):
-        numbers = {key: own[turn] for key, own in numberings.items() if left[key] and turn < len(own)}
-        told = excluded({key: ~torch.isin(own, _some_of(own)) for key, own in numbers.items()}) if numbers else set()
-        numbers = {key: numbers[key] for key in told}
-        for bit in range(max((int(own.max()).bit_length() for own in numbers.values()), default=0)):
-            for value in (0, 1):
-                excluded({key: (own >> bit) & 1 == value for key, own in numbers.items()})
-        for key, own in numbers.items():
-            left[key] = left[key] - 1 if most(key) > int(own.bincount().max()) else 0
-    in_vain = 0
-    for chosen in _random_sets(sizes):
-        in_vain = 0 if excluded(chosen) else in_vain + 1
-        if in_vain == _IN_VAIN:
-            return
-
-
-def _some_of(numbers: Tensor) -> Tensor:
-    return numbers[[int(share * len(numbers)) for share in _UNCHANGED]]
-
-
-def numberings_of(size: int) -> list[Tensor]:
-    """(size,) int64 each: numbers of channels, those with the most numbers first.
-
-    Channel c has the number (c mod e) // d, for divisors d of e and e of the size: its own; its place in each of
-    several parts, such as the halves of a gated unit; its head; its head in fused queries, keys and values.
-    """
-    divisors = [d for d in range(1, size + 1) if size % d == 0]
-    pairs = [(e // d, e, d) for e in divisors for d in divisors if e % d == 0 and e > d]
-    return [torch.arange(size, device="cpu") % e // d for _, e, d in sorted(pairs, reverse=True)]
-
-
-def _usual_passes(sizes: Mapping[str, int]) -> int:
-    """The most sets of channels that are changed; of few channels those where an input depends on few, or on most."""
-    most = max(sizes.values())
-    if most <= _FEW:
-        return min(most, 2 * _bits(most) + 2 * _ENOUGH)
-    numberings = max(len(numberings_of(size)) for size in set(sizes.values()))
-    return numberings + _MOST_NUMBERINGS * 2 * (most - 1).bit_length() + _MOST_PASSES
-
-
-def _random_sets(sizes: Mapping[str, int]) -> Iterator[dict[str, Tensor]]:
-    generator = torch.Generator().manual_seed(0)
-    chosen: dict[str, Tensor] = {}
-    for turn in range(_MOST_PASSES):
-        share = _SHARES[turn % len(_SHARES)]
-        if share is None:
-            chosen = {key: ~one for key, one in chosen.items()}
-        else:
-            chosen = {key: torch.rand(size, generator=generator, device="cpu") < share for key, size in sizes.items()}
-        yield chosen
+    """Record what the inputs depend on, and which modules read one channel everywhere."""
+    for name, one in inputs.items():
+        influence.inputs[name] = one
+        influence.mixed[name] = bool(one.any()) and _mixes(prober, sources, key, name, one)
 
 
 def _mixes(prober: Prober, sources: Mapping[str, Source], key: str, name: str, possible: Tensor) -> bool:
