@@ -34,6 +34,7 @@ legacy_xception convmixer_768_32
 # Fewer blocks, in the ways in which the modules take them; the first that fits.
 FEWER: tuple[dict[str, Any], ...] = ({"depth": 2}, {"depths": (1, 1, 1, 1)}, {"layers": (1, 1, 1, 1)}, {})
 SIZE = 64
+OF_ONE_SIZE = ("efficientformer_l1",)  # it takes images of the size that its biases are for, and does not say so
 CLASSES = 7
 _sizes: dict[str, tuple[int, ...]] = {}
 
@@ -49,7 +50,7 @@ def _build(name: str) -> nn.Module:
                 model: Any = timm.create_model(name, pretrained=False, num_classes=CLASSES, **images, **fewer)
             except (TypeError, AssertionError, ValueError, IndexError):  # an argument that this module does not take
                 continue
-            fixed = model.pretrained_cfg.get("fixed_input_size") and not images
+            fixed = (name in OF_ONE_SIZE or model.pretrained_cfg.get("fixed_input_size")) and not images
             _sizes[name] = (channels, size, size) if fixed else (channels, SIZE, SIZE)
             return model
     raise AssertionError("no way to build it is known")

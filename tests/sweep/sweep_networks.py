@@ -229,12 +229,15 @@ def _loss(model: nn.Module, inputs: Any) -> Tensor:
 
 
 def _scored(model: nn.Module, inputs: Any) -> float | None:
-    """One row of scores against weight times gradient, for some layers; None where none was read."""
+    """One row of scores of some layers against their weights and biases times gradients; None where none was read."""
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     scores = obc.score(copy.deepcopy(model), [inputs], _loss, progress=False)
     layers = [name for name, module in model.named_modules() if isinstance(module, kinds)]
     chosen = layers[:: max(1, len(layers) // 6)][:6]
-    held = {name: list(model.get_submodule(name).parameters(recurse=False)) for name in chosen}
+    held = {
+        name: [p for key, p in model.get_submodule(name).named_parameters(recurse=False) if key in ("weight", "bias")]
+        for name in chosen
+    }
     flat = [parameter for ones in held.values() for parameter in ones if parameter.requires_grad]
     grads = dict(zip(flat, torch.autograd.grad(_loss(model, inputs), flat, allow_unused=True), strict=True))
     worst: float | None = None
