@@ -16,7 +16,7 @@ pytest.importorskip("torch_pruning", reason="Torch-Pruning is missing: pip insta
 
 from random_wirings import zero_inputs
 
-from obc.structures import influence
+from obc.structures import influence, probed_groups
 from obc.structures.traced import TorchPruningStructure
 
 
@@ -356,3 +356,22 @@ def test_where_all_would_take_too_long_layers_that_share_passes_are_still_examin
         one.get_submodule("head").register_forward_hook(lambda module, args, output, seen=seen: seen.append(output))
         one(tokens())
     torch.testing.assert_close(logits[0], logits[1], rtol=1e-12, atol=1e-12)
+
+
+def test_no_candidate_is_tried_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both searches propose the channels of a layer whose width the model has written out, and none of them can go."""
+    seen: list[tuple[str, tuple[Any, ...]]] = []
+    prove = probed_groups.prove
+
+    def recorded(structure: Any, run: Any, among: Any = (), **options: Any) -> Any:
+        groups = [group for group in structure.groups if group.name in among]
+        seen.extend((one.name, tuple(part.channels.tolist() for part in one.slices)) for one in groups)
+        return prove(structure, run, among=among, **options)
+
+    monkeypatch.setattr(probed_groups, "prove", recorded)
+    torch.manual_seed(0)
+    written = before(lambda net, y: F.silu(y).reshape(2, 5, 2, 4).transpose(2, 3).reshape(2, 5, 8)).double()
+    structure = TorchPruningStructure(written, tokens())
+    assert "first" in structure.left_out
+    assert len(seen) > 3
+    assert all(seen.count(one) == 1 for one in seen)

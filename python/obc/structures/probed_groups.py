@@ -29,6 +29,7 @@ from obc.structures.units import NotPrunableError
 from obc.structures.varied import varied_copy
 
 _MOST_TRIES = 12
+_Slices = frozenset[tuple[str, str, torch.Size, bytes]]
 # More tries than for other groups, because one of many candidates might pass by chance.
 _TRIES = 5
 
@@ -70,11 +71,11 @@ def recover(structure: Extensible, finder: GroupFinder, wrong: Sequence[Found], 
         run: see :func:`obc.structures.proof.prove`.
         proof: proof of the other groups; the costs and results of these are added.
     """
-    reasons = dict(structure.left_out)
-    accepted = _in_another_order(structure, finder, wrong, run, proof)
+    reasons, tried = dict(structure.left_out), set[_Slices]()
+    accepted = _in_another_order(structure, finder, wrong, run, proof, tried)
     inner, pruned = [found for found in wrong if found.inner], set(accepted)
     if any(found.name not in pruned for found in inner):
-        more, why, certain = _by_influence(structure, finder, wrong, run, proof)
+        more, why, certain = _by_influence(structure, finder, wrong, run, proof, tried)
         accepted += more
         untried = {found.name for found in inner if found.reason}
         reasons |= {name: reason for name, reason in why.items() if name in untried | certain}
@@ -98,7 +99,7 @@ def recover(structure: Extensible, finder: GroupFinder, wrong: Sequence[Found], 
 
 
 def _in_another_order(
-    structure: Extensible, finder: GroupFinder, wrong: Sequence[Found], run: Run, proof: Proof
+    structure: Extensible, finder: GroupFinder, wrong: Sequence[Found], run: Run, proof: Proof, tried: set[_Slices]
 ) -> list[str]:
     """The names of groups with the traced layers, whose channels running the model finds in another order."""
     suspects = [suspect for found in wrong if (suspect := _suspect(structure.model, found)) is not None]
@@ -109,11 +110,11 @@ def _in_another_order(
     except Exception:  # the model's own code, which may not run on invented numbers
         return []
     proof.passes += passes
-    return _accepted(structure, finder, proposals, run, proof)
+    return _accepted(structure, finder, proposals, run, proof, tried)
 
 
 def _by_influence(
-    structure: Extensible, finder: GroupFinder, wrong: Sequence[Found], run: Run, proof: Proof
+    structure: Extensible, finder: GroupFinder, wrong: Sequence[Found], run: Run, proof: Proof, tried: set[_Slices]
 ) -> tuple[list[str], dict[str, str], set[str]]:
     """(names of groups found without tracing, layer -> why it is in none, those that something but a layer reads)."""
     taken = {part.module for group in structure.groups for part in group.slices}
@@ -135,7 +136,7 @@ def _by_influence(
             "running the model finds no smaller set of channels that go together than all of them"
         )
         finder.dims.update(one.dims)
-    accepted = _accepted(structure, finder, findings.coupled, run, proof)
+    accepted = _accepted(structure, finder, findings.coupled, run, proof, tried)
     for name in coupled.keys() & structure.left_out.keys():
         reasons |= dict.fromkeys(coupled[name].layers, structure.left_out.pop(name))
         structure.left_out |= {name: before[name]} if name in before else {}
@@ -143,9 +144,17 @@ def _by_influence(
 
 
 def _accepted(
-    structure: Extensible, finder: GroupFinder, proposals: Sequence[Coupled], run: Run, proof: Proof
+    structure: Extensible,
+    finder: GroupFinder,
+    proposals: Sequence[Coupled],
+    run: Run,
+    proof: Proof,
+    tried: set[_Slices],
 ) -> list[str]:
-    """The proposals for which some units pass, by their first producer; these are now groups of the structure."""
+    """The proposals for which some units pass, by their first producer; these are now groups of the structure.
+
+    Candidates in ``tried`` failed before and are passed over; new ones are added.
+    """
     names = {group.name for group in structure.groups}
     named = {min(one.layers, key=finder.place): one for one in proposals}
     waiting = {name: _groups(finder, name, one) for name, one in named.items() if name not in names}
@@ -153,23 +162,31 @@ def _accepted(
     while waiting:
         offered = []
         for name, groups in list(waiting.items()):
-            group = next(groups, None)
+            group = next((one for one in groups if _slices(one) not in tried), None)
             if group is None:
                 del waiting[name]
                 continue
+            tried.add(_slices(group))
             structure.offer(group)
             offered.append(name)
         if not offered:
             break
-        tried = prove(structure, run, among=offered, tries=_TRIES)
-        proof.add(tried)
+        proved = prove(structure, run, among=offered, tries=_TRIES)
+        proof.add(proved)
         for name in offered:
-            if name in tried.proved:
+            if name in proved.proved:
                 accepted.append(name)
                 del waiting[name]
-            elif name not in tried.left_out:
-                structure.leave_out(name, tried.unproved.get(name, "its removal could not be tried"))
+            elif name not in proved.left_out:
+                structure.leave_out(name, proved.unproved.get(name, "its removal could not be tried"))
     return accepted
+
+
+def _slices(group: ChannelGroup) -> _Slices:
+    """What tells candidates apart: the channels of every slice."""
+    return frozenset(
+        (part.module, part.side, part.channels.shape, bytes(part.channels.numpy())) for part in group.slices
+    )
 
 
 def _suspect(model: nn.Module, found: Found) -> Suspect | None:

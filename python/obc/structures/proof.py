@@ -256,10 +256,6 @@ class _Prover:
     def _fault(self, names: Sequence[str], number: int) -> str | None:
         """The fault in removing units of these groups, or None."""
         removed = {name: self.removals[number][name] for name in names}
-        try:
-            masked = self._masked(names, removed, number)
-        except _MaskedError as error:
-            return str(error)
         self.proof.tries += 1
         trial = self.structure.twin(shared_copy(self.base))
         try:
@@ -273,6 +269,11 @@ class _Prover:
             return self._said(
                 names, f"the model does not run without {self._shares(removed)}{place}: {type(fault).__name__}: {fault}"
             )
+        del trial  # its memory
+        try:
+            masked = self._masked(names, removed, number)
+        except _MaskedError as error:
+            return str(error)
         if masked is None:
             return None
         if (shared := self._overlap(names, masked, removed)) is not None:
