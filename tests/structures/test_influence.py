@@ -273,20 +273,20 @@ def test_many_wide_sums_are_told_apart_within_the_limit(
         assert bool((one.inputs["reader"].sum(1) == 1).all())
 
 
-@pytest.mark.parametrize("beside", ["nothing", "a mix of tokens", "a parameter of every token", "a gate for all"])
-def test_what_is_added_to_a_stream_is_told_apart_at_once(beside: str) -> None:
+@pytest.mark.parametrize("more", ["nothing", "a mix of tokens", "a parameter of every token", "a gate for all"])
+def test_what_is_added_to_a_stream_is_told_apart_at_once(more: str) -> None:
     """Truth: block after block adds channel c to channel c. Each layer alone takes 2 x 2 x log2(96) = 28 passes."""
     torch.manual_seed(0)
 
     def forward(net: Any, x: Tensor) -> Tensor:
         y = net.first(x)
-        if beside == "a mix of tokens":
+        if more == "a mix of tokens":
             y = y + net.mix(x.transpose(1, 2)).mT.repeat(1, 1, SIZE // 6)
-        if beside == "a parameter of every token":
+        if more == "a parameter of every token":
             y = y + net.places
         for up, down, scale in zip(net.ups, net.downs, net.scales, strict=True):
             y = y + scale * down(F.silu(up(y)))
-            if beside == "a gate for all":
+            if more == "a gate for all":
                 y = y * net.gate(y).sigmoid()
         return net.head(y)
 
@@ -304,13 +304,13 @@ def test_what_is_added_to_a_stream_is_told_apart_at_once(beside: str) -> None:
         "a gate for all": {"gate": influence.Source("gate", 1)},
     }
     found, passes = influence.influences(
-        net.double().eval(), lambda model: model(tokens()), sources | others.get(beside, {})
+        net.double().eval(), lambda model: model(tokens()), sources | others.get(more, {})
     )
     for key in sources:
         assert torch.equal(found[key].inputs["head"], torch.eye(SIZE, dtype=torch.bool)), key
     assert passes < 160
-    if beside != "nothing":
-        assert bool(next(iter(found[key] for key in others[beside])).inputs["head"].all())
+    if more != "nothing":
+        assert bool(next(iter(found[key] for key in others[more])).inputs["head"].all())
 
 
 def test_heads_are_settled_by_few_single_channels() -> None:

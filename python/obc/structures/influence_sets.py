@@ -127,17 +127,22 @@ def _change_by_numbers(
 
 
 def _unsettled(sizes: Mapping[str, int], excluded: _Excluded, may: _May, marked: _May) -> list[str]:
-    """Change up to 16 sets of single channels; the sources some of whose inputs may still not go together."""
-    noticed = {key: marked(key) for key in sizes}
-    for _ in range(_ENOUGH):
-        known = {key: noticed[key] | (may(key).sum(1, keepdim=True) == 1) for key in sizes}
+    """Change up to 16 sets of single channels; the sources some of whose inputs may still not go together.
+
+    An input that noticed 16 and missed none is taken to depend on all that it may.
+    """
+    left = {key: may(key) for key in sizes}
+    noticed = {key: torch.zeros_like(one) for key, one in left.items()}
+    for turn in range(_ENOUGH + 1):
+        many = {key: (noticed[key].sum(1) >= _ENOUGH) & (may(key) == left[key]).all(1) for key in sizes}
+        known = {key: marked(key) | noticed[key] | ((may(key).sum(1) == 1) | many[key])[:, None] for key in sizes}
         unsettled = [key for key in sizes if not torch.equal(_parts(may(key)), _parts(may(key) & known[key]))]
-        if not unsettled:
+        if not unsettled or turn == _ENOUGH:
             break
-        chosen = {key: _single(may(key), may(key), noticed[key]) for key in unsettled}
+        chosen = {key: _single(may(key), left[key], noticed[key]) for key in unsettled}
         excluded(chosen)
         for key, channels in chosen.items():
-            noticed[key] = noticed[key] | may(key) & channels
+            noticed[key] |= may(key) & channels
     return unsettled
 
 
@@ -147,12 +152,13 @@ def _parts(linked: Tensor) -> Tensor:
     Args:
         linked: (inputs, channels) bool: inputs that share a channel go together.
     """
-    count = len(linked)
-    parts, before = torch.arange(count, device="cpu"), None
-    while before is None or not torch.equal(parts, before):
+    rows, columns = linked.nonzero(as_tuple=True)
+    none = torch.full(linked.shape[1:], len(linked), device="cpu")
+    parts, before = torch.arange(len(linked), device="cpu"), none
+    while not torch.equal(parts, before):
         before = parts
-        channels = torch.where(linked, parts[:, None], count).amin(0)
-        parts = torch.minimum(parts, torch.where(linked, channels, count).amin(1))
+        channels = none.scatter_reduce(0, columns, parts[rows], "amin")
+        parts = parts.scatter_reduce(0, rows, channels[columns], "amin")
     return parts
 
 
