@@ -273,7 +273,9 @@ def test_many_wide_sums_are_told_apart_within_the_limit(
         assert bool((one.inputs["reader"].sum(1) == 1).all())
 
 
-@pytest.mark.parametrize("more", ["nothing", "a mix of tokens", "a parameter of every token", "a gate for all"])
+@pytest.mark.parametrize(
+    "more", ["nothing", "a mix of tokens", "a parameter of every token", "a gate for all", "a diagonal"]
+)
 def test_what_is_added_to_a_stream_is_told_apart_at_once(more: str) -> None:
     """Truth: block after block adds channel c to channel c. Each layer alone takes 2 x 2 x log2(96) = 28 passes."""
     torch.manual_seed(0)
@@ -284,6 +286,8 @@ def test_what_is_added_to_a_stream_is_told_apart_at_once(more: str) -> None:
             y = y + net.mix(x.transpose(1, 2)).mT.repeat(1, 1, SIZE // 6)
         if more == "a parameter of every token":
             y = y + net.places
+        if more == "a diagonal":
+            y = y + net.table.diagonal()
         for up, down, scale in zip(net.ups, net.downs, net.scales, strict=True):
             y = y + scale * down(F.silu(up(y)))
             if more == "a gate for all":
@@ -294,8 +298,11 @@ def test_what_is_added_to_a_stream_is_told_apart_at_once(more: str) -> None:
     scales = nn.ParameterList(torch.rand(SIZE) for _ in range(10))
     net = Net(forward, first=nn.Linear(6, SIZE), ups=ups, downs=downs, scales=scales, head=nn.Linear(SIZE, 3))
     net.mix, net.gate, net.places = nn.Linear(5, 5), nn.Linear(SIZE, 1), nn.Parameter(torch.rand(5, SIZE))
+    net.table = nn.Parameter(torch.rand(SIZE, SIZE))
     sources = {name: influence.Source(name, SIZE) for name in ("first", *(f"downs.{index}" for index in range(10)))}
     sources |= {f"scales.{index}": influence.Source(f"scales.{index}", SIZE, f"scales.{index}") for index in range(10)}
+    if more == "a diagonal":
+        sources |= {f"table:{dim}": influence.Source("table", SIZE, "table", dim) for dim in (0, 1)}
     others = {
         "a mix of tokens": {"mix": influence.Source("mix", 5)},
         "a parameter of every token": {
@@ -309,7 +316,7 @@ def test_what_is_added_to_a_stream_is_told_apart_at_once(more: str) -> None:
     for key in sources:
         assert torch.equal(found[key].inputs["head"], torch.eye(SIZE, dtype=torch.bool)), key
     assert passes < 160
-    if more != "nothing":
+    if more in others:
         assert bool(next(iter(found[key] for key in others[more])).inputs["head"].all())
 
 

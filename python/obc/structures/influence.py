@@ -175,7 +175,7 @@ def _tell_at_once(
     """
     prober.scale, prober.sign = _KINDS[0]
     before, several = _read(prober, sources, {}), []
-    for key, source in sources.items():
+    for key, source in ((key, sources[key]) for key, one in found.items() if one.inputs):
         now = changed(before, _read(prober, sources, {key: torch.arange(source.size, device="cpu") % 2 == 1}))
         mixed = any(name in now and 4 * now[name].sum() > 3 * one.sum() for name, one in noticed[0][key].items())
         several += [key] if source.size > 1 and not mixed else []
@@ -306,7 +306,8 @@ def _read(prober: Prober, sources: Mapping[str, Source], selected: Mapping[str, 
         return prober.read({sources[key].name: channels for key, channels in selected.items()})
     finally:
         for new, old in reversed(originals):
-            for parameters, attribute in uses.pop(id(new)):
+            uses[id(old)] = uses.pop(id(new))  # of two dimensions of one parameter the first is restored next
+            for parameters, attribute in uses[id(old)]:
                 parameters[attribute] = old
 
 

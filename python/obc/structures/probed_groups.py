@@ -71,7 +71,7 @@ def recover(structure: Extensible, finder: GroupFinder, wrong: Sequence[Found], 
         run: see :func:`obc.structures.proof.prove`.
         proof: proof of the other groups; the costs and results of these are added.
     """
-    reasons, tried = dict(structure.left_out), set[_Slices]()
+    reasons, tried = dict(structure.left_out), dict[_Slices, str]()
     accepted = _in_another_order(structure, finder, wrong, run, proof, tried)
     inner, pruned = [found for found in wrong if found.inner], set(accepted)
     if any(found.name not in pruned for found in inner):
@@ -99,7 +99,12 @@ def recover(structure: Extensible, finder: GroupFinder, wrong: Sequence[Found], 
 
 
 def _in_another_order(
-    structure: Extensible, finder: GroupFinder, wrong: Sequence[Found], run: Run, proof: Proof, tried: set[_Slices]
+    structure: Extensible,
+    finder: GroupFinder,
+    wrong: Sequence[Found],
+    run: Run,
+    proof: Proof,
+    tried: dict[_Slices, str],
 ) -> list[str]:
     """The names of groups with the traced layers, whose channels running the model finds in another order."""
     suspects = [suspect for found in wrong if (suspect := _suspect(structure.model, found)) is not None]
@@ -114,7 +119,12 @@ def _in_another_order(
 
 
 def _by_influence(
-    structure: Extensible, finder: GroupFinder, wrong: Sequence[Found], run: Run, proof: Proof, tried: set[_Slices]
+    structure: Extensible,
+    finder: GroupFinder,
+    wrong: Sequence[Found],
+    run: Run,
+    proof: Proof,
+    tried: dict[_Slices, str],
 ) -> tuple[list[str], dict[str, str], set[str]]:
     """(names of groups found without tracing, layer -> why it is in none, those that something but a layer reads)."""
     taken = {part.module for group in structure.groups for part in group.slices}
@@ -149,36 +159,39 @@ def _accepted(
     proposals: Sequence[Coupled],
     run: Run,
     proof: Proof,
-    tried: set[_Slices],
+    tried: dict[_Slices, str],
 ) -> list[str]:
     """The proposals for which some units pass, by their first producer; these are now groups of the structure.
 
-    Candidates in ``tried`` failed before and are passed over; new ones are added.
+    Candidates in ``tried`` failed before, for the reason there, and are passed over; those that fail are added.
     """
     names = {group.name for group in structure.groups}
     named = {min(one.layers, key=finder.place): one for one in proposals}
     waiting = {name: _groups(finder, name, one) for name, one in named.items() if name not in names}
     accepted: list[str] = []
     while waiting:
-        offered = []
+        offered = {}
         for name, groups in list(waiting.items()):
-            group = next((one for one in groups if _slices(one) not in tried), None)
+            group = next(groups, None)
+            while group is not None and (why := tried.get(_slices(group))) is not None:
+                structure.left_out[name], group = why, next(groups, None)
             if group is None:
                 del waiting[name]
                 continue
-            tried.add(_slices(group))
             structure.offer(group)
-            offered.append(name)
+            offered[name] = _slices(group)
         if not offered:
             break
         proved = prove(structure, run, among=offered, tries=_TRIES)
         proof.add(proved)
-        for name in offered:
+        for name, slices in offered.items():
             if name in proved.proved:
                 accepted.append(name)
                 del waiting[name]
-            elif name not in proved.left_out:
+                continue
+            if name not in proved.left_out:
                 structure.leave_out(name, proved.unproved.get(name, "its removal could not be tried"))
+            tried[slices] = structure.left_out[name]
     return accepted
 
 
