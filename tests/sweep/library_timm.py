@@ -44,7 +44,7 @@ def _build(name: str) -> nn.Module:
     import timm
 
     channels, size, _ = timm.get_pretrained_cfg(name, allow_unregistered=True).input_size
-    for images in ({"img_size": SIZE}, {}):
+    for images in ({},) if name in OF_ONE_SIZE else ({"img_size": SIZE}, {}):
         for fewer in FEWER:
             try:
                 model: Any = timm.create_model(name, pretrained=False, num_classes=CLASSES, **images, **fewer)
