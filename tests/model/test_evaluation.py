@@ -153,3 +153,52 @@ def test_cudnn_finds_recurrent_layers_in_train_mode_and_they_compute_as_in_eval_
         torch.testing.assert_close(model(x)[0], expected, rtol=0, atol=0)
     assert [module.training for module in model] == [training, training]
     assert model[1].dropout == 0.5
+
+
+class OwnLoss(nn.Module):
+    """Its loss is a method that calls forward, or, given a dict, forward calls the loss: as in ultralytics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x: Any) -> Tensor:
+        return self.loss(x) if isinstance(x, dict) else self.layer(x)
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.forward(batch["x"]).square().sum()
+
+
+@pytest.mark.parametrize("overridden", [False, True])
+@pytest.mark.parametrize("way", ["call", "forward", "method", "own loss", "hook", "twice", "failed"])
+def test_outputs_inside_a_loss_are_those_of_the_outermost_calls(way: str, overridden: bool) -> None:
+    torch.manual_seed(0)
+    model, x = OwnLoss(), torch.randn(4, 3)
+    if overridden:
+        model.forward = model.forward
+    before = dict(vars(model))
+    with torch.no_grad():
+        y = model.layer(x)
+    if way == "hook":
+        model.register_forward_hook(lambda module, args, output: 2 * output)
+
+    def failed() -> Tensor:
+        with pytest.raises(TypeError):
+            model(x, x)
+        return model.forward(x)
+
+    ways: dict[str, tuple[Callable[[], Any], list[Tensor]]] = {
+        "call": (lambda: model(x), [y]),
+        "forward": (lambda: model.forward(x), [y]),
+        "method": (lambda: model.loss({"x": x}), [y]),
+        "own loss": (lambda: model({"x": x}), [y.square().sum()]),
+        "hook": (lambda: model(x), [2 * y]),
+        "twice": (lambda: model(x) + model.forward(-x), [y, 2 * model.layer.bias.detach() - y]),
+        "failed": (failed, [y]),
+    }
+    run, expected = ways[way]
+    result, outputs = evaluation.with_outputs(model, run)
+    assert result.requires_grad
+    torch.testing.assert_close(outputs, expected)
+    assert vars(model) == before
+    assert torch.equal(model.layer(x), y)

@@ -465,6 +465,15 @@ def test_loss_that_calls_parts_needs_forward_fn() -> None:
     assert result.report.macs_after <= 0.5 * result.report.macs_before
 
 
+def test_loss_that_calls_forward_needs_no_forward_fn() -> None:
+    pruned = [
+        obc.prune(network(), EXAMPLE, batches(), loss_fn, steps=1, compensate=True, progress=False).model
+        for loss_fn in (loss, lambda model, batch: F.cross_entropy(model.forward(batch[0]), batch[1]))
+    ]
+    for name, tensor in pruned[0].state_dict().items():
+        assert torch.equal(tensor, pruned[1].state_dict()[name]), name
+
+
 class Shuffling:
     """A data loader that gives its batches in another order each time."""
 

@@ -63,13 +63,38 @@ def call_on_batch(model: nn.Module, batch: Any) -> Any:
 
 
 def with_outputs(model: nn.Module, run: Callable[[], Any]) -> tuple[Any, list[Any]]:
-    """The result of ``run()``, and the outputs of each call of ``model`` meanwhile."""
+    """The result of ``run()``, and what each outermost call of ``model``, or of its ``forward``, meanwhile returned."""
     outputs: list[Any] = []
-    handle = model.register_forward_hook(lambda module, args, output: outputs.append(output))
+    depth = 0
+    forward, overridden = model.forward, "forward" in vars(model)
+
+    # A loss that is a method of the model calls its forward, without the hooks of a call.
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        nonlocal depth
+        depth += 1
+        try:
+            output = forward(*args, **kwargs)
+        finally:
+            depth -= 1
+        if not depth:
+            outputs.append(output)
+        return output
+
+    # The caller's own hooks may have changed what forward returned.
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        if not depth:
+            outputs[-1] = output
+
+    handle = model.register_forward_hook(hook)
+    model.forward = recorded
     try:
         return run(), outputs
     finally:
         handle.remove()
+        if overridden:
+            model.forward = forward
+        else:
+            del model.forward
 
 
 def _call_on_batch(model: nn.Module, batch: Any) -> Any:
