@@ -123,6 +123,7 @@ sweep-libraries: setup ## networks of other libraries, small: half of all units 
 	$(BIN)/python tests/sweep/sweep_libraries.py --packages > build/libraries.txt
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/libraries --requirement build/libraries.txt
 	PYTHONPATH=build/libraries $(BIN)/python tests/sweep/sweep_libraries.py --write docs/library_models.md $(ARGS)
+	PYTHONPATH=build/libraries $(BIN)/python tests/sweep/run_detectors_page.py
 
 examples: setup ## run every script of examples/, in small
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/examples $(ARGS)
