@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -182,3 +183,20 @@ def test_heads_of_layers_that_tracing_misses_are_left_out() -> None:
     net = frozen()
     structure = TorchPruningStructure(net, images().float(), num_heads={"a": 2})
     assert structure.left_out["a"] == "its heads, set by num_heads, are joined in tracing, which does not come upon it"
+
+
+@pytest.mark.parametrize("raises", ["the model", "the search"])
+def test_a_fault_of_the_search_is_not_taken_for_one_of_the_model(raises: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def searched(model: nn.Module, run: Callable[[nn.Module], Any], *others: Any) -> None:
+        if raises == "the model":
+            run(nn.Module())
+        raise KeyError("a fault")
+
+    monkeypatch.setattr("obc.structures.probed_groups.coupled_channels", searched)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with pytest.raises(obc.PruningError, match="ZeroDivisionError"):
+            TorchPruningStructure(shuffle(), images().float())
+    said = [str(one.message) for one in caught if "search for further groups" in str(one.message)]
+    assert len(said) == (raises == "the search")
+    assert not said or "KeyError: 'a fault'" in said[0]

@@ -9,9 +9,10 @@ of one run while the others stay. The first units that pass the proof are used.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,8 @@ from obc.structures.traced_groups import Found, GroupFinder
 from obc.structures.traced_units import Members
 from obc.structures.units import NotPrunableError
 from obc.structures.varied import varied_copy
+
+_Result = TypeVar("_Result")
 
 _MOST_TRIES = 12
 _Slices = frozenset[tuple[str, str, torch.Size, bytes]]
@@ -110,10 +113,10 @@ def _in_another_order(
     suspects = [suspect for found in wrong if (suspect := _suspect(structure.model, found)) is not None]
     if not suspects:
         return []
-    try:
-        proposals, passes = proposed(varied_copy(structure.model), run, suspects)
-    except Exception:  # the model's own code, which may not run on invented numbers
+    found = _searched(lambda run: proposed(varied_copy(structure.model), run, suspects), run)
+    if found is None:
         return []
+    proposals, passes = found
     proof.passes += passes
     return _accepted(structure, finder, proposals, run, proof, tried)
 
@@ -134,9 +137,8 @@ def _by_influence(
         if not found.inner:
             names = {name for name, side in found.members if side == "out"} & set(layers)
             fixed |= dict.fromkeys(names, structure.left_out.get(found.name, found.reason))
-    try:
-        findings = coupled_channels(varied_copy(structure.model), run, layers, fixed, taken)
-    except Exception:  # the model's own code, which may not run on invented numbers
+    findings = _searched(lambda run: coupled_channels(varied_copy(structure.model), run, layers, fixed, taken), run)
+    if findings is None:
         return [], {}, set()
     proof.passes += findings.passes
     before, reasons = dict(structure.left_out), findings.reasons
@@ -151,6 +153,32 @@ def _by_influence(
         reasons |= dict.fromkeys(coupled[name].layers, structure.left_out.pop(name))
         structure.left_out |= {name: before[name]} if name in before else {}
     return accepted, reasons, findings.read_elsewhere
+
+
+class _RunError(Exception):
+    """The model's own code raised, which may not run on invented numbers."""
+
+
+def _searched(search: Callable[[Run], _Result], run: Run) -> _Result | None:
+    """``search(run)``, or None if it fails; a fault of the search itself is not taken for one of the model."""
+
+    def guarded(model: nn.Module) -> Any:
+        try:
+            return run(model)
+        except Exception as error:
+            raise _RunError from error
+
+    try:
+        return search(guarded)
+    except _RunError:
+        return None
+    except Exception as error:
+        warnings.warn(
+            f"the search for further groups ended in {type(error).__name__}: {error}; groups that tracing finds are "
+            "pruned. Please report this with the model",
+            stacklevel=2,
+        )
+        return None
 
 
 def _accepted(
