@@ -127,6 +127,36 @@ def loss_of(model: nn.Module, batch: Any) -> Tensor:
     return F.cross_entropy(model(batch[0]), batch[1])
 
 
+class Block(nn.Module):
+    """A residual block whose first layer is ``use``d."""
+
+    def __init__(self, use: Callable[[Any, Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.up, self.down, self.use = nn.Linear(WIDTH, OUT), nn.Linear(OUT, WIDTH), use
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = x + self.down(self.use(self, self.up, x).tanh())
+        return output
+
+
+@pytest.mark.parametrize("use", [called, linear, by_turns])
+def test_statistics_block_by_block_are_those_of_the_whole_model(use: Callable[[Any, Any, Tensor], Tensor]) -> None:
+    """The last block alone uses a layer in a function: four batches of the others show none."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Block(called) for _ in range(3)), Block(use))
+    batches = [torch.randn(5, WIDTH) for _ in range(4)]
+    whole, by_block = (
+        obc.collect(model, batches, statistics=["gram"], by_block=how, progress=False)
+        for how in (False, obc.statistics.ByBlock(blocks=["0", "1", "2", "3"]))
+    )
+    for name in (f"{block}.{layer}" for block in range(4) for layer in ("up", "down")):
+        torch.testing.assert_close(by_block.gram[name].total, whole.gram[name].total)
+        # Sums over what the layer reads: twice as much where it is used twice.
+        reads = 2 if name == "3.up" and use is by_turns else 1
+        assert by_block.gram[name].count == whole.gram[name].count == 20 * reads
+    assert by_block.coverage == whole.coverage
+
+
 @pytest.mark.parametrize("kind", list(PAIRS))
 def test_the_outputs_are_the_same_and_hooks_see_calls(kind: str) -> None:
     model, other, x, _ = pair(kind)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from obc.files import os_errors
 from obc.model.evaluation import first_floating, stream_of
+from obc.model.functional_uses import calling_layers
 from obc.model.hooks import hooked
 from obc.statistics.block_weights import WeightsOnDevice
 from obc.statistics.by_block import ByBlock
@@ -81,6 +82,10 @@ class _Seen:
         self.lengths: dict[str, int | None] = {}
 
 
+def _run(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return block(*args, **kwargs)
+
+
 class BlockRun:
     """One pass of all batches through all blocks.
 
@@ -110,9 +115,10 @@ class BlockRun:
             chain = self.seen.chain
             self.span = self._span()
             for place, name in enumerate(chain):
+                run = calling_layers(_run)
                 with self.weights.on_device(name):
                     for batch, parts in enumerate(batches):
-                        self._read_block(place, batch, parts, states, reading=place >= done)
+                        self._read_block(place, run, batch, parts, states, reading=place >= done)
                         for index in range(len(parts)):
                             states.drop((place - self.span, batch, index))
                 for reader in self.readers.values():
@@ -182,7 +188,15 @@ class BlockRun:
 
     # --- one block, and what lies outside -----------------------------------------------------------------------
 
-    def _read_block(self, place: int, batch: int, parts: Sequence[Any], states: HiddenStates, reading: bool) -> None:
+    def _read_block(
+        self,
+        place: int,
+        run: Callable[..., Any],
+        batch: int,
+        parts: Sequence[Any],
+        states: HiddenStates,
+        reading: bool,
+    ) -> None:
         name = self.seen.chain[place]
         self.readers.begin()
         for index, part in enumerate(parts):
@@ -196,7 +210,7 @@ class BlockRun:
             args = tuple(stream if value is arrived else value for value in args)
             kwargs = {key: stream if value is arrived else value for key, value in kwargs.items()}
             with self.readers.reading(part, reading):
-                output = stream_of(self.model.get_submodule(name)(*args, **kwargs))
+                output = stream_of(run(self.model.get_submodule(name), *args, **kwargs))
             assert output is not None
             if batch == index == 0:
                 self._compare(name, output)
