@@ -27,6 +27,8 @@ def pytest_report_header() -> list[str]:
 @pytest.hookimpl(tryfirst=True)  # before -m selects by the marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Without a GPU its tests are deselected, counted in the closing line; ``-m gpu`` alone is then an error."""
+    if addressed := [item.nodeid for item in items if " at 0x" in item.nodeid]:
+        raise pytest.UsageError(f"processes would not agree on the name of {addressed[0]}: pass ids=")
     for item in left_out_of_samples(items):
         item.add_marker(pytest.mark.slow)
     if torch.cuda.is_available():

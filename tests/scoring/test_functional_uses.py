@@ -231,7 +231,11 @@ def test_a_use_after_the_check_is_read(uses: Any) -> None:
 
 
 @pytest.mark.parametrize("rows", ["batch", "sample"])
-@pytest.mark.parametrize("use", [(None, True), (linear, False), (linear, True), (product, True)], ids=str)
+@pytest.mark.parametrize(
+    "use",
+    [(None, True), (linear, False), (linear, True), (product, True)],
+    ids=["call", "function", "call and function", "call and product"],
+)
 @pytest.mark.parametrize("kind", list(COMPUTED))
 def test_a_computed_weight_that_functions_use(kind: str, use: Any, rows: str) -> None:
     """The same scores as of a plain layer with the weight that is computed."""
