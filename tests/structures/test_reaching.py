@@ -359,6 +359,46 @@ def test_buffers_that_are_views_are_restored_too() -> None:
         assert not buffer.requires_grad, name
 
 
+UNUSUAL = {
+    "sparse": torch.eye(5, dtype=torch.float64).to_sparse(),
+    "sparse rows": torch.eye(5, dtype=torch.float64).to_sparse_csr(),
+    "sparse vector": torch.ones(5, dtype=torch.float64).to_sparse(),
+    "expanded vector": torch.ones(1, dtype=torch.float64).expand(5),
+    "expanded": torch.ones(1, 5, dtype=torch.float64).expand(3, 5),
+}
+
+
+class Unusual(Trunk):
+    def __init__(self, buffer: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("unusual", buffer)
+        self.unusual: Tensor
+
+    def forward(self, x: Tensor) -> Any:
+        return self.top(F.relu(self.a(x))) * self.unusual.to_dense().sum()
+
+
+@pytest.mark.parametrize("kind", UNUSUAL)
+def test_sparse_and_expanded_buffers_hinder_neither_proof_nor_restoring(kind: str) -> None:
+    """Before, the model was pruned without a proof, and an error after the first step became one of the restoring."""
+    torch.manual_seed(0)
+    model = Unusual(UNUSUAL[kind].clone() if "sparse" in kind else UNUSUAL[kind]).double().eval()
+    before = {name: tensor.to_dense().clone() for name, tensor in model.state_dict().items()}
+
+    def stop(result: obc.PruningResult) -> None:
+        raise InterruptedError("after the first step")
+
+    with pytest.raises(InterruptedError, match="after the first step"):
+        obc.prune(model, data()[0][0], data(), loss, macs=0.6, steps=1, progress=False, on_step=stop)
+    assert before.keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor.to_dense(), before[name]), name
+    report = obc.prune(model, data()[0][0], data(), loss, macs=0.6, steps=1, progress=False).report
+    assert report.unproved == {}
+    assert report.proof is not None
+    assert report.proof.proved == ["a", "b"]
+
+
 def test_other_batches_are_traced_in_parts_as_large_as_micro_batch() -> None:
     torch.manual_seed(0)
     model, batches = Measured().double(), data()

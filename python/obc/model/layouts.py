@@ -124,7 +124,7 @@ def axis_beside(name: str, tensor: Tensor, weight: Tensor | None) -> int | None:
 
 
 def loose_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The floating buffers with several entries of a module for whose tensors there is no rule.
+    """The floating buffers with several entries, none of them sparse, of a module for whose tensors there is no rule.
 
     Examples are the four tensors of a frozen BatchNorm, and the scales of a quantiser.
     """
@@ -132,8 +132,15 @@ def loose_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield from (
             (key, buffer)
             for key, buffer in module.named_buffers(recurse=False)
-            if buffer.is_floating_point() and buffer.numel() > 1 and not is_packed(buffer)
+            if buffer.is_floating_point() and buffer.numel() > 1 and buffer.layout is torch.strided
+            if not is_packed(buffer)
         )
+
+
+def is_expanded(tensor: Tensor) -> bool:
+    """Whether entries of a tensor share memory, as after ``expand``: torch lets nothing write to it in place."""
+    strided = tensor.layout is torch.strided
+    return strided and any(step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True))
 
 
 def is_compiled(model: nn.Module) -> bool:

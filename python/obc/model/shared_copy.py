@@ -10,10 +10,13 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from obc.model.names import joined, named_modules
+
+_COMPRESSED = {torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc}
 
 
 def shared_copy(model: nn.Module) -> nn.Module:
@@ -29,10 +32,13 @@ def shared_copy(model: nn.Module) -> nn.Module:
 
 
 class _Activations(TorchFunctionMode):
-    """Copies tensors with a graph, which ``deepcopy`` refuses, without it: models keep some, in lists for example."""
+    """Copies what ``deepcopy`` refuses: compressed sparse tensors, and tensors with a graph, without it.
+
+    Models keep such tensors, in lists for example.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not Tensor.__deepcopy__ or args[0].is_leaf:
+        if func is not Tensor.__deepcopy__ or (args[0].is_leaf and args[0].layout not in _COMPRESSED):
             return func(*args, **(kwargs or {}))
         tensor, memo = args
         return memo.setdefault(id(tensor), tensor.detach().clone())

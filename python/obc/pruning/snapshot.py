@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from obc.model.layouts import is_expanded
 from obc.model.names import joined, named_tensors
 
 
@@ -36,6 +37,8 @@ class Snapshot:
             for tensor, value in self._held:
                 if tensor.shape != value.shape:
                     tensor.data = value
+                elif tensor.layout is not torch.strided or is_expanded(tensor):
+                    continue  # sparse, or entries that share memory: nothing of obc writes there
                 elif tensor.data_ptr() != value.data_ptr():
                     tensor.copy_(value)
 

@@ -332,6 +332,11 @@ def _altered(tensor: Tensor, dim: int, channels: Tensor) -> Tensor:
     return torch.where(places.to(tensor.device), tensor + more.to(tensor), tensor)
 
 
+def _address(tensor: Tensor) -> int:
+    """Where a tensor's entries lie; sparse tensors are told apart as objects."""
+    return tensor.data_ptr() if tensor.layout is torch.strided else id(tensor)
+
+
 class _Watching(TorchFunctionMode):
     """Notes what torch's attention, recurrent layers as first states, and products outside layers read."""
 
@@ -350,7 +355,7 @@ class _Watching(TorchFunctionMode):
         for name, module in named_modules(model):
             for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
                 if tensor.dim() > 1 and id(tensor) not in inside and not is_depthwise(module):
-                    self._names[tensor.data_ptr()] = joined(name, key)
+                    self._names[_address(tensor)] = joined(name, key)
 
     def remove(self) -> None:
         """Remove the hooks."""
@@ -368,8 +373,8 @@ class _Watching(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _PRODUCTS:
             tensors = tensors_in((args, kwargs or {}))
-            held = [name for t in tensors if (name := self._names.get(t.data_ptr())) is not None]
+            held = [name for t in tensors if (name := self._names.get(_address(t))) is not None]
             if held:
-                others = [t for t in tensors if t.data_ptr() not in self._names]
+                others = [t for t in tensors if _address(t) not in self._names]
                 self.note(f"a product outside layers with {held[0]!r}", others)
         return func(*args, **(kwargs or {}))

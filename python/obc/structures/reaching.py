@@ -19,7 +19,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 
 from obc.model.evaluation import Run, tensors_in
-from obc.model.layouts import layout_of
+from obc.model.layouts import is_expanded, layout_of
 from obc.model.names import joined, named_modules
 from obc.model.shared_copy import parameter_uses, shared_copy
 from obc.model.usable_batches import all_finite
@@ -164,7 +164,4 @@ def _restored(buffer: Tensor, value: Tensor) -> Tensor:
     """The buffer with ``value`` again, and without the graph of outputs that changed it in place."""
     if buffer.grad_fn is not None:
         buffer = buffer.detach() if buffer._is_view() else buffer.detach_()
-    strided = buffer.layout is torch.strided
-    if strided and any(step == 0 and size > 1 for step, size in zip(buffer.stride(), buffer.shape, strict=True)):
-        return buffer  # expanded: torch lets nothing write to it in place
-    return buffer.copy_(value)
+    return buffer if is_expanded(buffer) else buffer.copy_(value)

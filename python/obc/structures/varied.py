@@ -43,7 +43,9 @@ def varied_inputs(inputs: Any) -> Any:
 
 
 def _is_constant(tensor: Tensor) -> bool:
-    """Whether all entries are equal; the last is compared first, which usually decides."""
+    """Whether all entries are equal; the last is compared first, which usually decides. Sparse tensors are not."""
+    if tensor.layout is not torch.strided:
+        return False
     first = tensor[(0,) * tensor.dim()]
     return bool(first == tensor[(-1,) * tensor.dim()]) and bool((tensor == first).all())
 
