@@ -93,7 +93,7 @@ def codegen(heads: int) -> nn.Module:
     return language("CodeGen", n_ctx=40, n_head=heads, rotary_dim=4)
 
 
-# transformers before 5.18 divides by a constant number of blocks.
+# transformers 5.17 divides by a constant number of blocks.
 COUNTS_BLOCKS = hasattr(codegen(4).transformer.h[0].attn, "mp_num")
 
 CASES = {
@@ -179,7 +179,7 @@ def test_they_are_saved_and_loaded(name: str, tmp_path: Any) -> None:
 
 @pytest.mark.parametrize(("heads", "size"), [(4, 0), (8, 2), (16, 4)])
 def test_a_constant_number_of_blocks_stays(heads: int, size: int) -> None:
-    """As in transformers before 5.18: every block keeps as many heads as the others, and no block is removed."""
+    """As in transformers 5.17: every block keeps as many heads as the others, and no block is removed."""
     model: Any = codegen(heads)
     for block in model.transformer.h:
         vars(block.attn).pop("mp_num", None)

@@ -39,7 +39,7 @@ def _codegen(module: nn.Module, heads: Heads, kind: str) -> HeadChannels | None:
     counted = isinstance(getattr(module, "mp_num", None), int)
     if not counted and type(module).__name__ != "CodeGenAttention":
         return None
-    # transformers before 5.18 has the number as a constant of forward.
+    # transformers 5.17 has the number as a constant of forward.
     blocks = getattr(module, "mp_num", 4)
     count, size = heads.queries, heads.size
     if blocks == count and counted:
