@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar, get_args
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -14,10 +14,8 @@ from obc.model.autocast import in_present_autocast
 from obc.model.batches import RowKind
 from obc.model.errors import PruningError, on_batch
 from obc.model.evaluation import ForwardFn, LossFn, Run, call, call_on_batch, with_outputs
-from obc.model.functional_uses import calling_layers
+from obc.model.functional_uses import Function, calling_layers
 from obc.scoring.label_free import label_free_loss
-
-Function = TypeVar("Function", bound=Callable[..., Any] | None)
 
 
 @dataclass(frozen=True)
