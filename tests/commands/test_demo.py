@@ -102,7 +102,7 @@ def test_the_protocol_reaches_each_target_by_each_criterion_and_repeats(monkeypa
     results = run.run(0, SMALL, targets=(1.3, 1.5), say=said.append)
     assert torch.get_num_threads() == threads
     assert [result.model for result in results] == ["small CNN", "small transformer"]
-    assert len(said) == len(SMALL) * (1 + len(CRITERIA))
+    assert len(said) == 1 + len(SMALL) * (1 + len(CRITERIA))
     for result in results:
         assert [criterion.criterion for criterion in result.criteria] == ["random", "L1", "Taylor", "Jacobian"]
         for criterion in result.criteria:
@@ -116,6 +116,17 @@ def test_the_protocol_reaches_each_target_by_each_criterion_and_repeats(monkeypa
             assert criterion.seconds > 0
             assert criterion.peak_bytes > 0
     assert without_seconds(run.run(0, SMALL[1:], targets=(1.3, 1.5))) == without_seconds(results[1:])
+
+
+def small_transformer() -> nn.Module:
+    return models.Transformer(16, 2, 64, 2)
+
+
+@pytest.mark.slow
+def test_several_processes_find_what_one_does() -> None:
+    recipe = run.Recipe("small transformer", small_transformer, epochs=1)
+    alone, together = (run.run(0, [recipe], CRITERIA[:2], targets=(1.1,), processes=number) for number in (1, 2))
+    assert without_seconds(alone) == without_seconds(together)
 
 
 def test_a_target_out_of_reach_is_said() -> None:
@@ -226,7 +237,7 @@ def test_demo_draws_and_prints(
 ) -> None:
     seeds = []
 
-    def quick(seed: int, say: object) -> list[run.ModelResult]:
+    def quick(seed: int, say: object, processes: int) -> list[run.ModelResult]:
         seeds.append(seed)
         return [example_result()]
 

@@ -96,7 +96,7 @@ def test_an_interrupted_command_leaves_nothing(
 def test_a_full_disk_leaves_nothing_and_then_the_output_is_written(
     command: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(demo_run, "run", lambda seed, say: [example_result()])
+    monkeypatch.setattr(demo_run, "run", lambda seed, say, processes: [example_result()])
     arguments, _, _ = COMMANDS[command]
     before = contents(folder)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

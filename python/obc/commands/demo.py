@@ -49,11 +49,13 @@ def run(parsed: argparse.Namespace) -> int:
         return run_real(parsed)
     require(PACKAGES)
     picture = folder(parsed.out) / "demo.png"
+    import torch
+
     from obc.demo import finetune, report
     from obc.demo import run as comparison
 
     start = time.perf_counter()
-    results = comparison.run(parsed.seed, say=say)
+    results = comparison.run(parsed.seed, say=say, processes=torch.get_num_threads())
     with made_folder(parsed.out):
         report.draw(results, picture)
     for part in (*map(report.table, results), report.protocol()):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch_pruning as tp
@@ -64,7 +65,7 @@ def _jacobian(importance: JacobianImportance, pruner: Any, split: Split) -> None
 
 CRITERIA = (
     Ranking("random", tp.importance.RandomImportance, _no_score),
-    Ranking("L1", lambda: tp.importance.GroupMagnitudeImportance(p=1), _no_score),
+    Ranking("L1", partial(tp.importance.GroupMagnitudeImportance, p=1), _no_score),
     Ranking("Taylor", tp.importance.GroupTaylorImportance, _taylor),
     Ranking("Jacobian", JacobianImportance, _jacobian),
 )

@@ -32,8 +32,8 @@ def protocol() -> str:
         f"scored again on the training digits, in {ROWS} batches, before every step. BN recalibrated: norm statistics "
         f"re-estimated. Compensated: least squares, layer-wise (ls) or sequential (seq), and norms recalibrated. "
         f"These see {CALIBRATION_IMAGES} training images and no labels. Time and peak memory are of scoring the "
-        f"unpruned network once, on one thread: median of 3; most bytes that torch had allocated, above what it had "
-        f"before.",
+        f"unpruned network once, on one thread: median of 3 rounds in which the criteria take turns; most bytes that "
+        f"torch had allocated, above what it had before.",
         _LINE,
     )
 

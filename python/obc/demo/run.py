@@ -10,9 +10,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import multiprocessing
 import os
+import pickle
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,6 +91,8 @@ def run(
     criteria: Sequence[Ranking] = CRITERIA,
     targets: Sequence[float] = TARGETS,
     say: Callable[[str], None] = lambda line: None,
+    *,
+    processes: int = 1,
 ) -> list[ModelResult]:
     """Train and prune every network by every criterion. Deterministic given ``seed``, except for the seconds.
 
@@ -95,9 +100,23 @@ def run(
         seed: seed of the splits, the initial weights, the order of training and the random criterion.
         targets: times fewer MACs, ascending.
         say: called with a line before each long part.
+        processes: how many networks are trained and pruned at a time. More than 1 starts Python anew for each of
+            them, so recipes and criteria must be picklable. Scoring is timed alone, afterwards.
     """
+    data = digits(seed)
+    with one_thread(), _in_processes(processes) as each:
+        say(f"Training on {len(data.train)} digits: " + ", ".join(f"{r.name}, {r.epochs} epochs" for r in recipes))
+        # As bytes, because tensors would be passed on in shared memory, of which containers have little.
+        models = dict(zip(recipes, each(_trained, recipes, [data] * len(recipes), [seed] * len(recipes)), strict=True))
+        pairs = [(recipe, criterion) for recipe in recipes for criterion in criteria]
+        repeated = ([value] * len(pairs) for value in (data, targets, seed))
+        pruning = each(_pruned, [models[recipe] for recipe, _ in pairs], [c for _, c in pairs], *repeated)
+        pruned = {}
+        for recipe, criterion in pairs:
+            say(f"Pruning the {recipe.name} by {criterion.name}")
+            pruned[recipe, criterion] = next(pruning)
     with one_thread():
-        return [_compare(recipe, criteria, targets, seed, say) for recipe in recipes]
+        return [_measured(recipe, pickle.loads(models[recipe]), criteria, pruned, data, say) for recipe in recipes]
 
 
 @contextlib.contextmanager
@@ -111,21 +130,49 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _compare(
-    recipe: Recipe, criteria: Sequence[Ranking], targets: Sequence[float], seed: int, say: Callable[[str], None]
-) -> ModelResult:
-    data = digits(seed)
-    say(f"Training the {recipe.name} on {len(data.train)} digits, {recipe.epochs} epochs")
+@contextlib.contextmanager
+def _in_processes(number: int) -> Iterator[Callable[..., Iterator[Any]]]:
+    """Yields a ``map`` that runs ``number`` calls at a time, each in a process with one thread, or here if it is 1."""
+    if number == 1:
+        yield map
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(number, context, initializer=torch.set_num_threads, initargs=(1,)) as executor:
+        yield executor.map
+
+
+def _trained(recipe: Recipe, data: Digits, seed: int) -> bytes:
+    """The trained network, pickled."""
     seeded(seed)
-    model = train(recipe.build(), data.train, epochs=recipe.epochs, seed=seed)
-    macs, parameters = count(model)
+    return pickle.dumps(train(recipe.build(), data.train, epochs=recipe.epochs, seed=seed))
+
+
+def _pruned(
+    network: bytes, criterion: Ranking, data: Digits, targets: Sequence[float], seed: int
+) -> tuple[tuple[PrunedNetwork, ...], int]:
+    """What :func:`prune` finds for a pickled network, and the peak bytes of scoring it."""
+    seeded(seed)
+    points = prune(pickle.loads(network), criterion, data, targets)
+    return points, peak_bytes(scoring(pickle.loads(network), criterion, data))
+
+
+def _measured(
+    recipe: Recipe,
+    model: nn.Module,
+    criteria: Sequence[Ranking],
+    pruned: Mapping[tuple[Recipe, Ranking], tuple[tuple[PrunedNetwork, ...], int]],
+    data: Digits,
+    say: Callable[[str], None],
+) -> ModelResult:
+    """What was found for one network, with the seconds of scoring it by each criterion."""
+    say(f"Timing the criteria on the {recipe.name}")
+    calls = [scoring(copy.deepcopy(model), criterion, data) for criterion in criteria]
+    seconds = median_seconds(calls, torch.device("cpu"), repeats=3, warm_ups=1)
     compared = []
-    for criterion in criteria:
-        say(f"Pruning the {recipe.name} by {criterion.name}")
-        seeded(seed)
-        points = prune(copy.deepcopy(model), criterion, data, targets)
-        compared.append(CriterionResult(criterion.name, points, *cost(copy.deepcopy(model), criterion, data)))
-    return ModelResult(recipe.name, accuracy(model, data.test), macs, parameters, tuple(compared))
+    for criterion, taken in zip(criteria, seconds, strict=True):
+        points, peak = pruned[recipe, criterion]
+        compared.append(CriterionResult(criterion.name, points, taken, peak))
+    return ModelResult(recipe.name, accuracy(model, data.test), *count(model), tuple(compared))
 
 
 def seeded(seed: int) -> None:
@@ -184,18 +231,19 @@ def steps(
     importance = criterion.importance()
     pruner = make_pruner(model, importance)
     full, _ = count(model)
-    plan = PruningPlan()
+    left, plan = full, PruningPlan()
     for target in targets:
-        while full < target * count(model)[0]:
+        while full < target * left:
             if pruner.current_step == STEPS:
                 raise RuntimeError(f"{criterion.name}: {STEPS} steps of pruning do not reach {target}x fewer MACs")
             criterion.score(importance, pruner, data.train)
             plan = prune_step(pruner, plan)
+            left, _ = count(model)
         yield target, plan
 
 
-def cost(model: nn.Module, criterion: Ranking, data: Digits) -> tuple[float, int]:
-    """Seconds and peak bytes of scoring all groups of ``model`` once, data included."""
+def scoring(model: nn.Module, criterion: Ranking, data: Digits) -> Callable[[], None]:
+    """A call that scores all groups of ``model`` once, data included."""
     importance = criterion.importance()
     pruner = make_pruner(model, importance)
     groups = list(
@@ -208,8 +256,7 @@ def cost(model: nn.Module, criterion: Ranking, data: Digits) -> tuple[float, int
             importance(group)
         model.zero_grad()
 
-    peak = peak_bytes(score)  # first, so that nothing left by an earlier call is released while it counts
-    return median_seconds([score], torch.device("cpu"), repeats=3, warm_ups=1)[0], peak
+    return score
 
 
 def peak_bytes(call: Callable[[], object]) -> int:
