@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,7 @@ pytest.importorskip("torch_pruning", reason="Torch-Pruning is missing: pip insta
 
 from random_wirings import random_wired, zero_inputs
 
-from obc.structures.probing import NOTHING, SEVERAL, probe
+from obc.structures.influence import Source, influences
 from obc.structures.traced import TorchPruningStructure
 from obc.structures.traced_units import divided
 from obc.structures.units import NotPrunableError
@@ -28,15 +27,13 @@ SIZE = 6
 def test_every_input_of_a_random_wiring_is_traced_to_its_channel(seed: int) -> None:
     net = random_wired(seed)
     x = torch.randn(1, 6, SIZE, SIZE, dtype=torch.float64)
-    passes = 0
+    names = [f"layers.{index}" for index in range(len(net.stages))]
+    found, _ = influences(net, lambda model: model(x), {name: Source(name, 12) for name in names})
     for index, stage in enumerate(net.stages):
-        found = probe(net, lambda model: model(x), {f"layers.{index}": torch.arange(12)})
-        truth = stage.sources(12, SIZE)  # type: ignore[operator]
-        assert found.origins[f"layers.{index + 1}"].tolist() == truth
-        assert found.origins["layers.0"].unique().tolist() == [NOTHING]
-        passes = max(passes, found.passes)
-    # One that runs the layers, one to compare with, and 4 bits of 12 channels, set and not set.
-    assert passes == 1 + 1 + 2 * math.ceil(math.log2(12))
+        truth = F.one_hot(torch.tensor(stage.sources(12, SIZE)), 12).bool()  # type: ignore[operator]
+        inputs = found[names[index]].inputs
+        assert {name for name in inputs if name.startswith("layers")} == {f"layers.{index + 1}"}
+        torch.testing.assert_close(inputs[f"layers.{index + 1}"], truth)
 
 
 class Between(nn.Module):
@@ -169,8 +166,8 @@ def test_a_norm_that_keeps_its_channels_first() -> None:
 def test_several_channels_are_told_from_one() -> None:
     net = nn.Sequential(nn.Linear(3, 4), nn.Unflatten(1, (2, 2)), nn.Flatten(), nn.Linear(4, 2)).double()
     net[2].forward = lambda x: torch.cat([x.sum(2), x[:, 0]], 1)
-    found = probe(net, lambda model: model(torch.ones(2, 3).double()), {"0": torch.arange(4)})
-    assert found.origins["3"].tolist() == [SEVERAL, SEVERAL, 0, 1]
+    found, _ = influences(net, lambda model: model(torch.ones(2, 3).double()), {"0": Source("0", 4)})
+    assert found["0"].inputs["3"].int().tolist() == [[1, 1, 0, 0], [0, 0, 1, 1], [1, 0, 0, 0], [0, 1, 0, 0]]
 
 
 def test_parts_stay_equally_wide() -> None:

@@ -1,9 +1,9 @@
 """Finds, by running the model, which inputs of every layer each channel influences past nothing but operations.
 
-Like :mod:`obc.structures.probing`, but for every source of channels on its own: a layer, an embedding, or a dimension
-of a parameter or buffer outside layers. So an input may depend on channels of several layers that are added up, and on
-several channels of one layer, as behind a gated unit. Sources that no layer reads in common are examined in the same
-passes.
+A source of channels is a layer, an embedding, or a dimension of a parameter or buffer outside layers; in each pass some
+of its channels change (:mod:`obc.structures.probing`). So an input may depend on channels of several layers that are
+added up, and on several channels of one layer, as behind a gated unit. Sources that no layer reads in common are
+examined in the same passes.
 
 At first the channels of all sources change at once whose numbers have a certain bit, but not of sources whose channels
 are mixed. Where layers add up channels of equal numbers, as to a residual stream, this tells what each input depends
@@ -197,7 +197,7 @@ def _tell_at_once(
 def _numbers_read(prober: Prober, sources: Mapping[str, Source]) -> dict[str, Tensor]:
     """Module -> for each input the number of the only channels of any source that it depends on; -1: there are others.
 
-    Two passes per bit, as in :mod:`obc.structures.probing`.
+    An input that differs in exactly one of the two passes for each bit depends on one number, and the bits spell it.
     """
     before, numbers, sizes = _read(prober, sources, {}), dict[str, Tensor](), _sizes(sources)
     for bit in range(max((size - 1 for size in sizes.values()), default=0).bit_length()):

@@ -7,7 +7,7 @@ that something but a layer reads also stay, with everything that goes together w
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -33,16 +33,15 @@ class Coupled:
     Attributes:
         layers: the layers whose channels they are.
         members: what each class takes with it.
-        size: number of classes.
-        kinds: (size,) classes of the same kind take the same numbers of channels of the same layers; None: all are of
-            one kind.
+        size: number of classes that layers read; the others, of channels of the same layers, have higher numbers.
+        kinds: (classes,) classes of the same kind take the same numbers of channels of the same layers.
         dims: parameter or buffer outside layers -> its dimension of channels.
     """
 
     layers: list[str]
     members: Members
     size: int
-    kinds: Tensor | None = None
+    kinds: Tensor
     dims: dict[str, int] = field(default_factory=dict)
 
 
@@ -197,29 +196,32 @@ class _Classes:
 
     def components(self, blocked: Mapping[str, str]) -> list[Coupled]:
         """The classes that can go, by the layers that they have channels of."""
-        stays, members = self.stays(blocked), self._members()
-        going = {
-            root: sorted(own)
-            for root, own in members.items()
-            if root not in stays and any(side == "in" for _, side, _ in own)
-        }
+        stays = self.stays(blocked)
+        going = {root: sorted(own) for root, own in self._members().items() if root not in stays}
+        read = [root for root, own in going.items() if any(side == "in" for _, side, _ in own)]
         keys = list(self._sources)
         together = Units(len(keys))
         owner: dict[int, int] = {}
         for number, key in enumerate(keys):
-            for root in self.classes_of(key) & going.keys():
+            for root in self.classes_of(key) & {*read}:
                 together.join(number, owner.setdefault(root, number))
         components: dict[int, list[int]] = {}
-        for root in going:
+        for root in read:
             components.setdefault(together.find(owner[root]), []).append(root)
-        found = (self._coupled(roots, going) for roots in components.values())
+        unread: dict[int, list[int]] = {}
+        for number, key in enumerate(keys):
+            for root in sorted(self.classes_of(key) & going.keys() - owner.keys()):
+                unread.setdefault(together.find(owner.setdefault(root, number)), []).append(root)
+        found = (self._coupled(roots, unread.get(one, []), going) for one, roots in components.items())
         return [one for one in found if one is not None]
 
-    def _coupled(self, roots: Collection[int], going: Mapping[int, list[tuple[str, Side, int]]]) -> Coupled | None:
+    def _coupled(
+        self, roots: Sequence[int], unread: Sequence[int], going: Mapping[int, list[tuple[str, Side, int]]]
+    ) -> Coupled | None:
         members: Members = {}
         kinds: dict[tuple[tuple[str, str], ...], int] = {}
         numbers = []
-        for number, root in enumerate(roots):
+        for number, root in enumerate([*roots, *unread]):
             for name, side, channel in going[root]:
                 members.setdefault((name, side), {})[channel] = number
             numbers.append(kinds.setdefault(tuple((name, side) for name, side, _ in going[root]), len(kinds)))
@@ -228,11 +230,9 @@ class _Classes:
         layers = [source.name for source in own if source.parameter is None]
         # A parameter with channels along two dimensions is cut along one only.
         once = len(dims) == sum(source.name == source.parameter for source in own)
-        return (
-            Coupled(layers, members, len(numbers), torch.tensor(numbers, device="cpu"), dims)
-            if layers and once
-            else None
-        )
+        if not layers or not once:
+            return None
+        return Coupled(layers, members, len(roots), torch.tensor(numbers, device="cpu"), dims)
 
 
 def _why(name: str, influence: Influence, classes: _Classes, blocked: Mapping[str, str]) -> str:

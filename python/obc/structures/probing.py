@@ -1,24 +1,16 @@
-"""Finds, by running the model, which channel of which layer each input of every other layer comes from.
+"""Runs a model whose layers return invented numbers, and tells what every module reads.
 
 Tracing tells what operations do to shapes; running tells what they do to channels: whether they are flipped, rolled,
 shuffled, flattened with the channels last, or stacked. Every layer returns invented numbers whatever it reads, so a
 channel reaches what lies between its layer and the next ones, and nothing beyond. Norms over channels let their input
-through. In a pass, the channels whose code has a certain bit get other numbers, with the opposite sign so that no ReLU
-hides them; whatever a layer reads differently depends on one of them. A second pass changes the other channels. An
-input that differs in exactly one of the two passes, for every bit, depends on one channel, and the passes spell its
-code.
-
-For n codes this takes 2 log2(n) passes and one for comparison, in which no layer multiplies by its weight, after one
-that runs the layers to see the shapes of their outputs. Inputs that nothing reached for some bit (after a norm that
-shifts, or an activation that saturates) are examined again with numbers of another size and sign, which takes at most
-three times as many passes.
+through. In a pass some channels get other numbers, with the opposite sign so that no ReLU hides them; whatever a layer
+reads differently depends on one of them (:mod:`obc.structures.influence`). No layer multiplies by its weight.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -38,69 +30,6 @@ from obc.structures.comparison import run_alike
 from obc.structures.norm_axis import norm_axis
 from obc.structures.reaching import unchanged_buffers
 
-# Instead of a channel's code, an input may depend on no coded channel, or on several.
-NOTHING, SEVERAL = -1, -2
-# Size and sign of the numbers: positive ones pass a ReLU, so no product with them is zero; None uses both signs.
-ROUNDS: tuple[tuple[float, int | None], ...] = ((1.0, 1), (30.0, None), (1 / 30, -1))
-
-
-@dataclass
-class Probe:
-    """The findings of a probe.
-
-    Attributes:
-        origins: module -> (C,) int64, for each input channel the code that it depends on, ``NOTHING`` or ``SEVERAL``;
-            for linear and convolutional layers, and everything with one value per channel.
-        suspects: module -> (C, bits) which values of each bit occur among the codes that a channel depends on: 1 for
-            zero, 2 for one, 3 for both, 0 for neither.
-        passes: number of forward passes.
-    """
-
-    origins: dict[str, Tensor] = field(default_factory=dict)
-    suspects: dict[str, Tensor] = field(default_factory=dict)
-    passes: int = 0
-
-
-def probe(model: nn.Module, run: Run, codes: Mapping[str, Tensor]) -> Probe:
-    """Find which coded channel each input of every layer depends on.
-
-    Args:
-        model: the model; it is not changed.
-        run: ``run(model)`` calls it, always on the same inputs.
-        codes: layer -> (C,) int64, a number of at least 0 for each output channel; -1 for channels that are not
-            searched. Channels with equal codes are not distinguished.
-    """
-    largest = max((int(code.max()) for code in codes.values()), default=0)
-    bits = max(1, largest.bit_length())
-    prober = Prober(model, run)
-    found = Probe()
-    for scale, sign in ROUNDS:
-        prober.scale, prober.sign = scale, sign
-        before = prober.read({})
-        for bit in range(bits):
-            for value in (0, 1):
-                now = prober.read({name: (own >= 0) & ((own >> bit) & 1 == value) for name, own in codes.items()})
-                for name, same in changed(before, now).items():
-                    seen = found.suspects.setdefault(
-                        name, torch.zeros(len(same), bits, dtype=torch.int64, device="cpu")
-                    )
-                    if len(seen) == len(same):
-                        seen[:, bit] |= same.long() << value
-        if not any(_undecided(seen) for seen in found.suspects.values()):
-            break
-    found.passes = prober.passes
-    for name, seen in found.suspects.items():
-        code = ((seen >> 1).clamp(max=1) << torch.arange(bits, device="cpu")).sum(1)
-        code[(seen == 0).any(1)] = NOTHING
-        code[(seen == 3).any(1)] = SEVERAL
-        found.origins[name] = code
-    return found
-
-
-def _undecided(seen: Tensor) -> bool:
-    """Whether something reached a module, and some of its channels are not known yet."""
-    return bool(seen.any()) and bool(((seen == 0).any(1) & ~(seen == 3).any(1)).any())
-
 
 def changed(before: Mapping[str, list[Tensor]], now: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
     """Module -> which channels it read differently, in any of its calls."""
@@ -119,7 +48,7 @@ class Prober:
     Attributes:
         model: the copy.
         scale: size of the numbers.
-        sign: their sign; None: both.
+        sign: their sign.
         passes: number of forward passes so far.
         returned: what the model returned in the last pass.
     """
@@ -130,7 +59,7 @@ class Prober:
         self._devices: dict[str, torch.device] = {}
         self._calls: dict[str, int] = {}
         self._readings: dict[str, list[Tensor]] = {}
-        self.scale, self.sign = ROUNDS[0]
+        self.scale, self.sign = 1.0, 1
         self._selected: Mapping[str, Tensor] = {}
         self.passes = 0
         self.returned: list[Tensor] = []
@@ -197,11 +126,10 @@ class Prober:
         dim %= like.dim()
         generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {call}".encode()))
         usual, other = (_factors(like.shape, generator) for _ in range(2))
-        signs = torch.randint(0, 2, (like.shape[dim],), generator=generator, device="cpu") * 2 - 1
-        signs = (signs if self.sign is None else torch.full_like(signs, self.sign)) * self.scale
         selected = self._selected.get(name, torch.zeros(like.shape[dim], dtype=torch.bool, device="cpu"))
         selected = selected.repeat(like.shape[dim] // len(selected))  # a hidden unit in each direction
-        usual[dim], other[dim] = usual[dim] * signs, (other[dim] * signs * -1.5)[selected]
+        size = self.scale * self.sign
+        usual[dim], other[dim] = usual[dim] * size, (other[dim] * size * -1.5)[selected]
         numbers = _product(usual)
         if bool(selected.any()):
             numbers = numbers.index_copy(dim, selected.nonzero()[:, 0], _product(other))

@@ -61,7 +61,7 @@ class Proof:
         passes: number of forward passes.
         tries: number of sliced copies.
         seconds: time taken.
-        probed: the proved groups whose order was found by running the model (:mod:`obc.structures.probing`).
+        probed: the proved groups whose order was found by running the model (:mod:`obc.structures.influence`).
     """
 
     proved: list[str] = field(default_factory=list)
