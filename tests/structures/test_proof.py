@@ -462,7 +462,7 @@ def test_one_wrong_group_among_many_is_found_in_few_passes() -> None:
     assert set(structure.left_out) == {"head"}
     assert structure.proof is not None
     assert structure.proof.probed == ["layers.5", "layers.11"]
-    # Each of 16 channels alone with two kinds of numbers, of both layers at once, and a few passes to compare with; then
+    # Each of 16 channels alone with two kinds of numbers, of both layers at once, and a few more; then
     # five tries of both, and once more all groups together.
     assert structure.proof.passes - found.passes <= (2 * 16 + 13) + (1 + 2 * 5) + (1 + 2 * 2)
     good = TorchPruningStructure(net, torch.randn(8, 16), ignored_layers=["layers.5", "layers.11"])
