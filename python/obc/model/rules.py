@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -72,6 +73,7 @@ class Rule:
         return (columns, rows) if self.transposed else (rows, columns)
 
 
+_WIDE = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -166,6 +168,8 @@ def is_packed(tensor: Tensor) -> bool:
     """Whether a tensor stores other numbers than it represents: integers, one-byte floats, or a class that contains
     other tensors. DTensors don't count.
     """
+    if type(tensor) in (Tensor, nn.Parameter) and tensor.dtype in _WIDE:  # nearly all are
+        return False
     if is_dtensor(tensor):
         return False
     return not tensor.is_floating_point() or tensor.element_size() == 1 or is_traceable_wrapper_subclass(tensor)

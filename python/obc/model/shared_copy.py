@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from obc.model.names import joined, named_modules
 
+_CONTAINERS = (list, tuple, dict)
 _COMPRESSED = {torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc}
 
 
@@ -51,7 +52,7 @@ def deep_copy(model: nn.Module) -> nn.Module:
 
 
 def _shared_copy(model: nn.Module) -> nn.Module:
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = {id(None): None}
     modules = list(model.modules())
     for module in modules:
         for parameter in module._parameters.values():
@@ -60,7 +61,7 @@ def _shared_copy(model: nn.Module) -> nn.Module:
         for value in vars(module).values():
             if isinstance(value, Tensor):
                 memo[id(value)] = value
-            else:
+            elif type(value) in _CONTAINERS and value:
                 memo |= {id(one): one for one in _with_graphs(value)}
     # What deepcopy does, without its bookkeeping for every module: new objects first, then copies of what they hold.
     shells = [(module, type(module).__new__(type(module))) for module in modules if _is_its_state(module)]
@@ -81,7 +82,7 @@ def _with_graphs(value: Any) -> Iterator[Tensor]:
     """The tensors with a graph in lists, tuples and dicts: what a module remembers of an earlier call."""
     if isinstance(value, Tensor) and not value.is_leaf:
         yield value
-    elif type(value) in (list, tuple, dict):
+    elif type(value) in _CONTAINERS:
         for one in value.values() if type(value) is dict else value:
             yield from _with_graphs(one)
 
@@ -108,6 +109,8 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
         return value
     if type(value) in (dict, list, set, OrderedDict) and not value:
         return memo.setdefault(id(value), type(value)())
+    if type(value) is dict and all(id(one) in memo for one in value.values()):  # a module's parameters and children
+        return memo.setdefault(id(value), {key: memo[id(one)] for key, one in value.items()})
     return copy.deepcopy(value, memo)
 
 

@@ -177,6 +177,8 @@ def _read(x: Tensor, dim: int, lost: Tensor | None) -> LayerInput:
 
 def cuda_devices(model: nn.Module) -> list[int]:
     """The numbers of the GPUs that hold parameters of ``model``."""
+    if not torch.cuda.is_initialized():  # then no tensor is on one
+        return []
     return sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
 
 

@@ -39,7 +39,9 @@ class Finder:
         self.blocks: dict[str, Block] = {}
         self.left_out: dict[str, str] = {}
         self._joined: set[str] = set()  # attentions whose heads were found with those of another
-        for name in self.layers.modules:
+        for name, module in self.layers.modules.items():
+            if type(module).__module__.startswith("torch.nn.") and not module._modules:
+                continue  # one layer: blocks are made of several
             self.layers.enter(name)
             found = [
                 self._add(name, family.blocks(self.layers, name, wanted))

@@ -77,9 +77,12 @@ class Layers:
         Raises:
             NotPrunableError: it is quantised.
         """
-        self.refuse_quantised(joined(name, child))
-        module = self.modules.get(joined(name, child))
-        return module if module is not None and layout_of(module) is not None else None
+        path = joined(name, child)
+        module = self.modules.get(path)
+        if module is None:
+            return None
+        self.refuse_quantised(path)
+        return module if layout_of(module) is not None else None
 
     def size(self, name: str, side: str) -> int:
         """The number of channels on one side of a linear or convolutional layer.
