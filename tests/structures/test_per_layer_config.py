@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 
-from obc.structures.transformers import TransformersStructure
+from obc import PruningPlan
+from obc.structures.transformers import TransformersStructure, save_pruned
 
 TOKENS = torch.arange(3, 11)[None]
 
@@ -86,3 +88,12 @@ def test_code_that_does_not_read_it_keeps_the_unpruned_config_and_a_warning() ->
     assert "does not read them layer by layer" in str(structure.config_refused)
     assert "save_pruned" in structure.warnings[0]
     assert model.config.to_dict() == before
+
+
+def test_a_model_that_save_pruned_refuses_gets_another_remedy() -> None:
+    model = _llama()
+    model.config = SimpleNamespace(hidden_size=32, num_attention_heads=4)  # as other libraries' configs: no to_dict
+    (warning,) = _uneven(model).warnings
+    assert warning.endswith("; save state_dict and plan")
+    with pytest.raises(ValueError, match="save its state_dict and plan"):
+        save_pruned(model, PruningPlan(), "unused")

@@ -283,10 +283,14 @@ class TransformersStructure:
         told = list(dict.fromkeys(block.warning for block in narrower if block.warning))
         if self.config_refused is None or self.saved_with_plan:
             return told
+        storable = hasattr(self.model.config, "to_dict")  # configs of other libraries, such as diffusers', have none
+        remedy = (
+            "use obc.structures.transformers.save_pruned and load_pruned" if storable else "save state_dict and plan"
+        )
         return [
             *told,
             "save_pretrained would write a folder that from_pretrained can't load, because the config is still the "
-            f"unpruned model's ({self.config_refused}); use obc.structures.transformers.save_pruned and load_pruned",
+            f"unpruned model's ({self.config_refused}); {remedy}",
         ]
 
     def costs(self, unit: Unit) -> Costs:
