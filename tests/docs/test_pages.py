@@ -198,6 +198,15 @@ def test_what_docstrings_refer_to_exists() -> None:
     assert not {name for name in named if not _exists(name)}
 
 
+def test_names_in_code_font_exist() -> None:
+    """Of pages, docstrings and comments; formats of files (obc.Scores/3) and the logger are no names of Python."""
+    paths = (*EVERYWHERE, *(ROOT / "python" / "obc").rglob("*.py"))
+    text = "\n".join(path.read_text(encoding="utf-8") for path in paths)
+    named = set(re.findall(r"`(obc(?:\.[A-Za-z_]\w*)+)(?![\w.]*/)", text))
+    assert len(named) >= 100
+    assert not {name for name in named if not _exists(name)} - {"obc.progress"}
+
+
 BY_A_SWEEP = {DOCS / "transformers_models.md", DOCS / "library_models.md"}
 WRITTEN_BY_HAND = [ROOT / "README.md", *sorted(set(DOCS.rglob("*.md")) - BY_A_SWEEP)]
 

@@ -80,7 +80,11 @@ def add(commands: Any) -> None:
 def _add_ways(prune: argparse.ArgumentParser) -> None:
     """The options that not every way has."""
     measured = prune.add_argument_group("module:function, MODEL_DIR --data")
-    measured.add_argument("--selection", choices=("joint", "independent"), help="(default: joint)")
+    measured.add_argument(
+        "--selection",
+        choices=("joint", "independent"),
+        help="(default: joint if the criterion has rows, else independent)",
+    )
     measured.add_argument("--slices", choices=("gate", "all"), help="(default: gate)")
     measured.add_argument(
         "--steps", type=positive, help=f"how often to score and remove (default: 8; MODEL_DIR: {_STEPS})"

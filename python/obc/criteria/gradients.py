@@ -93,7 +93,7 @@ class Nirvana(Criterion):
     """S_u = sum over slices m of sum over w in W_m,u of |w df/dw|, f a functional of the outputs without labels.
 
     NIRVANA (code: iDEA-iSAIL-Lab-UIUC/NIRVANA), from the neural tangent kernel under Adam. Attention and feed-forward
-    units are ranked separately (``obc.selection.TwoClasses``).
+    units are ranked separately (:class:`obc.selection.allocation.TwoClasses`).
 
     Args:
         over: "sequence": f = mean over samples and logits of the maximum over the *sequence*, as in the published code.

@@ -124,11 +124,11 @@ def prune(
             ``slices`` and ``shrinkage`` are left out, "kfac_obs" if that leaves a smaller error after compensation
             (:mod:`obc.pruning.trial`); ``report.provenance`` says which.
         allocation: how much each group loses: "global" (all units compete), "uniform" (equal shares), "equal" (equal
-            widths of groups of one kind), "profile" (blocks that change their input more keep more), "two_classes"
-            (attention is ranked separately), "search" (by the output's loss, :class:`obc.selection.search.Search`),
-            "window" and "tail" (consecutive whole blocks, :mod:`obc.selection.depth_allocations`), a mapping of names
-            to strengths, or an object of :mod:`obc.selection.allocation`. None: as the criterion was published,
-            otherwise "global".
+            widths of groups of one kind), "profile" (blocks that change their input more keep more), "log_profile"
+            (later blocks lose more), "two_classes" (attention is ranked separately), "search" (by the output's loss,
+            :class:`obc.selection.search.Search`), "window" and "tail" (consecutive whole blocks,
+            :mod:`obc.selection.depth_allocations`), a mapping of names to strengths, or an object of
+            :mod:`obc.selection.allocation`. None: as the criterion was published, otherwise "global".
         selection: "joint" chooses sets of units by their rows, which "jacobian", "compensated_jacobian",
             "token_jacobian" and "jbr" have; "independent" ranks single units by their scores. None: joint if the
             criterion has rows and ``slices`` is "gate".

@@ -76,8 +76,8 @@ def score(
             and take random numbers only from torch's generators, which are restored. The file is removed at the end.
             Each process needs a file of its own.
         every: batches between checkpoints.
-        **options: options of :class:`obc.JacobianScorer`: modules, check, strict, fallback, process_group, fold_groups,
-            keep_rows, rows_to.
+        **options: options of :class:`obc.JacobianScorer`: modules, check, strict, fallback, process_group, combine,
+            fold_groups, keep_rows, rows_to, chains.
 
     Returns:
         The float32 scores, with the coverage (how each module was read, or why not) and a report of time and memory.

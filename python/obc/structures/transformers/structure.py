@@ -51,7 +51,7 @@ def transformer_groups(model: nn.Module, kinds: Sequence[str] = DEFAULT_KINDS) -
     "heads"             a head of keys and values with the query heads that share it; without sharing a head. Where all
                         query heads share one, as "query_heads". Of latent attention, a head's rows of the second
                         projections
-    "query_heads"       the j-th query head of every head of keys and values
+    "query_heads"       the j-th query head of every head of keys and values; not among the default kinds
     "experts"           an expert of a mixture, with its row of the router
     "expert_ffn"        the f-th inner channel of every expert of a mixture whose experts are one tensor
     "mamba"             an inner channel of Mamba's mixer
