@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from obc.criteria import CRITERIA
+from obc.selection.allocations import ALLOCATIONS
 
 PAGE = Path(__file__).parent / "criteria.md"
 
@@ -94,10 +95,11 @@ def _table(head: list[str], lines: list[list[str]]) -> str:
 
 
 def _named(thing: Any) -> str:
-    """A name that ``obc.prune`` takes, or the class of an object."""
+    """The name that ``obc.prune`` takes."""
     if thing is None:
         return "-"
-    return f"`{thing if isinstance(thing, str) else type(thing).__name__}`"
+    names = {made: name for name, made in ALLOCATIONS.items()}
+    return f"`{thing if isinstance(thing, str) else names[type(thing)]}`"
 
 
 def _systems() -> list[list[str]]:
@@ -133,8 +135,8 @@ def page() -> str:
     parts = [
         _HEAD,
         _table(["name", "system", "score of a unit", "needs", "units"], all_of_them),
-        "## Where they come from\n\nThe allocation that a criterion was published with is used unless\n"
-        "`obc.prune(allocation=...)` says otherwise. The update is the value for `compensate=...`.\n",
+        "## Where they come from\n\n`obc.prune` uses the allocation that a criterion was published with,\n"
+        "unless you pass `allocation`. It uses the published update only if you pass it: `compensate=UPDATE`.\n",
         _table(["name", "source", "statistics", "allocation", "update"], published),
         "## Where the published code differs, and what is not covered\n",
         _table(["name", "published code", "not covered"], differs),
