@@ -30,8 +30,7 @@ from torch import Tensor
 import obc
 from benchmarks.harness import RESULTS, Case, Provider, measure, plain_product, provenance, write
 from obc.selection import Costs
-from obc.selection.interactions import FORMS, Form, choose_form
-from obc.selection.shrinkage import estimated_shrinkage
+from obc.selection.interactions import FORMS, Form, choose_form, estimated_shrinkage
 
 MAX_BYTES = 2**31  # the default of obc.select
 TABLES = ((1000, 64), (1000, 512), (1000, 2048), (4000, 512))

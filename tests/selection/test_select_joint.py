@@ -13,8 +13,15 @@ import obc
 from obc.selection import Costs, choice, interactions
 from obc.selection.compiled import CompiledGreedy
 from obc.selection.greedy import Greedy
-from obc.selection.interactions import BlockedGram, FullGram, RowsOnly, Standing, choose_form, products_within
-from obc.selection.shrinkage import estimated_shrinkage
+from obc.selection.interactions import (
+    BlockedGram,
+    FullGram,
+    RowsOnly,
+    Standing,
+    choose_form,
+    estimated_shrinkage,
+    products_within,
+)
 
 # Small cases have few rows and narrow groups; other tests check the warnings about this.
 pytestmark = pytest.mark.filterwarnings(

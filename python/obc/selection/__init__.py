@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from obc.model.costs import Costs
 from obc.selection.choice import BudgetError, select
-from obc.selection.shrinkage import estimated_shrinkage
+from obc.selection.interactions import estimated_shrinkage
 
 __all__ = ["BudgetError", "Costs", "estimated_shrinkage", "select"]

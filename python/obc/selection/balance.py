@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from obc.selection.choice import removal_order
-from obc.selection.shrinkage import estimated_shrinkage
+from obc.selection.interactions import estimated_shrinkage
 from obc.selection.task import Task
 from obc.selection.uniform import EqualWidths, equal_shares, equal_widths
 

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from obc.model.arguments import instance, listed, number, one_of
 from obc.model.costs import Costs
-from obc.selection.effective import EffectiveWidths
-from obc.selection.greedy import RemovalCosts
+from obc.selection.greedy import EffectiveWidths, RemovalCosts
 from obc.selection.interactions import FORMS
 
 # Groups that keep less than this share of their units are named: a network rarely recovers from it.

@@ -16,8 +16,7 @@ from obc.selection import checks
 from obc.selection.caps import Caps
 from obc.selection.compiled import greedy
 from obc.selection.greedy import BUDGET_ROUNDING, Greedy, Interacting, Problem
-from obc.selection.interactions import Form, choose_form, columns_of, products_within
-from obc.selection.shrinkage import estimated_shrinkage
+from obc.selection.interactions import Form, choose_form, columns_of, estimated_shrinkage, products_within
 from obc.selection.whole_blocks import BlockGreedy, inside_of
 
 Selection = Literal["joint", "independent"]
