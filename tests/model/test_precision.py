@@ -18,7 +18,7 @@ SETTINGS = {
 
 PROGRAM = """
 import json, sys, torch
-from obc.model.precision import tf32_is_allowed
+from obc.model.autocast import tf32_is_allowed
 found = []
 for setting in json.loads(sys.argv[1]):
     exec(setting, {"torch": torch, "b": torch.backends})

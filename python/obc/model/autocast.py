@@ -1,7 +1,7 @@
 """Autocast around obc: a model runs under the caller's autocast, obc's own arithmetic does not.
 
 Under autocast, products of float32 matrices are computed in half precision. Sums that are solved or subtracted from
-each other need all digits.
+each other need all digits. Whether GPUs round float32 products (TF32) is asked here, too.
 """
 
 from __future__ import annotations
@@ -93,3 +93,12 @@ def in_present_autocast(function: Function) -> Function:
         if hasattr(function, name):
             setattr(call, name, getattr(function, name))
     return call  # type: ignore[return-value]
+
+
+def tf32_is_allowed() -> bool:
+    """Whether any of torch's settings lets GPUs multiply float32 with eleven bits (TF32).
+
+    cuDNN's convolutions may by default. The older settings (``allow_tf32``) can't be read once a newer one was set.
+    """
+    backends = torch.backends
+    return "tf32" in (backends.cuda.matmul.fp32_precision, backends.cudnn.conv.fp32_precision)  # type: ignore[attr-defined]

@@ -15,7 +15,7 @@ from obc.model.evaluation import ForwardFn, call_on_batch
 from obc.model.groups import ChannelGroup, Slice
 from obc.model.layouts import pads_with_zeros
 from obc.model.plan import PruningPlan, refuse_non_plans
-from obc.model.unsavable import refuse_dropped_biases
+from obc.model.refusals import refuse_dropped_biases
 from obc.recovery.consumers import PrunedConsumer, find_consumers
 from obc.statistics.run import collect
 

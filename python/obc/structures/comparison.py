@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from obc.model.autocast import tf32_is_allowed
 from obc.model.depth import Skipped
 from obc.model.evaluation import Run, evaluating, first_floating, tensors_in
 from obc.model.hooks import hooked
 from obc.model.layouts import layout_of
 from obc.model.names import named_modules
-from obc.model.precision import tf32_is_allowed
 from obc.model.rules import Rule, rule_for
 from obc.model.usable_batches import all_finite
 from obc.structures.units import without

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from obc.model.precision import tf32_is_allowed
+from obc.model.autocast import tf32_is_allowed
 from obc.scoring.errors import RowError, SampleRowsError
 from obc.scoring.reading import refusals
 from obc.scoring.reading.attachment import Attachment

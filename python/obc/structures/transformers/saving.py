@@ -20,9 +20,9 @@ from obc.model.kept import Kept, PlanError, kept_of
 from obc.model.layouts import layout_of
 from obc.model.names import joined, named_modules, named_tensors
 from obc.model.plan import PruningPlan, refuse_non_plans, register_counts
+from obc.model.refusals import refuse_dropped_biases, refuse_fresh_weights
 from obc.model.shared_copy import shared_copy
 from obc.model.slicing import sliced
-from obc.model.unsavable import refuse_dropped_biases, refuse_fresh_weights
 from obc.structures.removal import size_of
 from obc.structures.transformers.block import Block
 from obc.structures.transformers.blocks import DEFAULT_KINDS, Finder
