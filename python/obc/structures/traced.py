@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,12 +21,13 @@ from obc.model.functional_uses import calling_layers
 from obc.model.groups import ChannelGroup, Side
 from obc.model.kept import Kept, with_columns
 from obc.model.layouts import layout_of, split_by_group
+from obc.model.names import joined
 from obc.model.plan import PruningPlan
 from obc.model.quantized import refuse_quantised
 from obc.model.refusals import refuse_unprunable
 from obc.model.shared_copy import shared_copy, shared_parameters
 from obc.structures.masking import lost_channels
-from obc.structures.measure import TracedCosts, layers_run, measure
+from obc.structures.measure import TracedCosts, Usage, layers_run, measure
 from obc.structures.memory import MemoryUse
 from obc.structures.probed_groups import recover
 from obc.structures.products import find_products
@@ -40,7 +41,6 @@ from obc.structures.traced_groups import Found, GroupFinder, Settings
 from obc.structures.transformers.block import Block
 from obc.structures.units import checked_units, layer_name, renumbered_group, without_units
 from obc.structures.varied import varied_inputs
-from obc.structures.whole import kept_whole
 
 Layers = Sequence[nn.Module | str]
 _FOUND_BY_RUNNING = "Groups were found by running the model instead; what that does not find keeps its width"
@@ -348,3 +348,28 @@ def _unreached_layers(names: Sequence[str]) -> list[str]:
         f"{', '.join(names)}; if one of them reads a pruned layer, it no longer fits: name that pruned layer in "
         "ignored_layers"
     ]
+
+
+_KNOWN = (nn.Bilinear, nn.Embedding, nn.EmbeddingBag, nn.MultiheadAttention)
+
+
+def kept_whole(name: str, module: nn.Module, usage: Usage) -> Iterator[tuple[str, str]]:
+    """(name, reason) of a module with weights; or, for a module of unknown kind, of each matrix that it holds.
+
+    Args:
+        module: a module that no group has, and that is not left out for another reason.
+    """
+    if layout_of(module) is not None:
+        called = "neither tracing nor running the model finds what reads its channels"
+        yield name, called if name in usage.positions else "it is not called: what uses its weight is not a layer"
+    elif isinstance(module, nn.RNNBase):
+        called = "neither tracing nor running the model finds which of its hidden units can go"
+        yield name, "a plan can't describe its projections (proj_size)" if module.proj_size else called
+    elif isinstance(module, nn.RNNCellBase):
+        yield name, f"each hidden channel of a {type(module).__name__} is read by all others in the next step"
+    elif isinstance(module, _KNOWN):
+        yield name, f"neither tracing nor running the model finds channels of this {type(module).__name__} that can go"
+    else:
+        for key, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() > 1 and min(parameter.shape) > 1:
+                yield joined(name, key), "it is a weight outside layers, and no channels are found along it"

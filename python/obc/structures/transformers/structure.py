@@ -17,21 +17,19 @@ from obc.model.evaluation import call
 from obc.model.groups import DEPTH_KINDS, ChannelGroup
 from obc.model.names import is_within
 from obc.model.plan import PruningPlan, refuse_non_plans
-from obc.model.refusals import computed_weights, refuse_unprunable
-from obc.model.unsavable import refuse_fresh_weights
+from obc.model.refusals import computed_weights, refuse_fresh_weights, refuse_unprunable
 from obc.model.usable import refuse_non_modules
 from obc.structures.memory import MemoryUse
 from obc.structures.proof import Proof, prove
 from obc.structures.protocol import Limits, Unit
 from obc.structures.transformers.block import Block
-from obc.structures.transformers.blocks import DEFAULT_KINDS, Finder
+from obc.structures.transformers.blocks import DEFAULT_KINDS, Finder, uncovered
 from obc.structures.transformers.cache import CachedLayer, cached_layers
 from obc.structures.transformers.calibration import Calibration, calibrate
 from obc.structures.transformers.config import ModelConfig
 from obc.structures.transformers.costs import TransformerCosts, macs_for_one_token
 from obc.structures.transformers.depth import FoundDepth, find_depth, merged, without_unit
 from obc.structures.transformers.family import kinds as known_kinds
-from obc.structures.transformers.uncovered import uncovered
 from obc.structures.transformers.weights import BlockWeights, lies_in
 from obc.structures.transformers.widths import Expressible, equal_widths, expressible_widths
 from obc.structures.units import checked_units, layer_name
