@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,6 @@ from obc.structures.protocol import Provable
 from obc.structures.traced_groups import Found, GroupFinder
 from obc.structures.units import NotPrunableError
 from obc.structures.varied import varied_copy
-
-_Result = TypeVar("_Result")
 
 _MOST_TRIES = 12
 # More tries than for other groups, because one of many candidates might pass by chance.
@@ -84,8 +82,23 @@ def _by_influence(
         if not found.inner:
             names = {name for name, side in found.members if side == "out"} & set(layers)
             fixed |= dict.fromkeys(names, structure.left_out.get(found.name, found.reason))
-    findings = _searched(lambda run: coupled_channels(varied_copy(structure.model), run, layers, fixed, taken), run)
-    if findings is None:
+
+    def guarded(model: nn.Module) -> Any:
+        try:
+            return run(model)
+        except Exception as error:
+            raise _RunError from error
+
+    try:
+        findings = coupled_channels(varied_copy(structure.model), guarded, layers, fixed, taken)
+    except _RunError:
+        return [], {}, set()
+    except Exception as error:  # a fault of the search itself
+        warnings.warn(
+            f"the search for further groups ended in {type(error).__name__}: {error}; groups that tracing finds are "
+            "pruned. Please report this with the model",
+            stacklevel=2,
+        )
         return [], {}, set()
     proof.passes += findings.passes
     before, reasons = dict(structure.left_out), findings.reasons
@@ -95,7 +108,7 @@ def _by_influence(
             "running the model finds no smaller set of channels that go together than all of them"
         )
         finder.dims.update(one.dims)
-    accepted = _accepted(structure, finder, findings.coupled, run, proof)
+    accepted = _accepted(structure, finder, coupled, run, proof)
     for name in coupled.keys() & structure.left_out.keys():
         reasons |= dict.fromkeys(coupled[name].layers, structure.left_out.pop(name))
         structure.left_out |= {name: before[name]} if name in before else {}
@@ -106,35 +119,11 @@ class _RunError(Exception):
     """The model's own code raised, which may not run on invented numbers."""
 
 
-def _searched(search: Callable[[Run], _Result], run: Run) -> _Result | None:
-    """``search(run)``, or None if it fails; a fault of the search itself is not taken for one of the model."""
-
-    def guarded(model: nn.Module) -> Any:
-        try:
-            return run(model)
-        except Exception as error:
-            raise _RunError from error
-
-    try:
-        return search(guarded)
-    except _RunError:
-        return None
-    except Exception as error:
-        warnings.warn(
-            f"the search for further groups ended in {type(error).__name__}: {error}; groups that tracing finds are "
-            "pruned. Please report this with the model",
-            stacklevel=2,
-        )
-        return None
-
-
 def _accepted(
-    structure: Extensible, finder: GroupFinder, proposals: Sequence[Coupled], run: Run, proof: Proof
+    structure: Extensible, finder: GroupFinder, proposals: Mapping[str, Coupled], run: Run, proof: Proof
 ) -> list[str]:
     """The proposals for which some units pass, by their first producer; these are now groups of the structure."""
-    names = {group.name for group in structure.groups}
-    named = {min(one.layers, key=finder.place): one for one in proposals}
-    waiting = {name: _groups(finder, name, one) for name, one in named.items() if name not in names}
+    waiting = {name: _groups(finder, name, one) for name, one in proposals.items()}
     accepted: list[str] = []
     while waiting:
         offered = []

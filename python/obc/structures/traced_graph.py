@@ -195,8 +195,8 @@ class TracedGraph:
         self._linear = _linear_like(model)
         self.dims: dict[str, int] = {}
 
-    def raw_groups(self, ignored: Collection[nn.Module]) -> Iterator[tuple[nn.Module, int, Any]]:
-        """(first layer, its out channels, raw group), or the reason in place of a group in which Torch-Pruning fails.
+    def raw_groups(self, ignored: Collection[nn.Module]) -> Iterator[tuple[nn.Module, Any]]:
+        """(first layer, raw group), or the reason in place of a group in which Torch-Pruning fails.
 
         Groups that contain outputs of ``ignored`` layers are left out. No more groups follow once the searches that do
         not end have followed half a million channels.
@@ -217,12 +217,12 @@ class TracedGraph:
                 if followed > _MOST_FOLLOWED:
                     self._graph, self.failure = None, unfollowed(error)
                     return
-                yield module, width, unfollowed(error)
+                yield module, unfollowed(error)
                 continue
             pruned = self.pruned_outputs(raw)
             seen.update(pruned)
             if not any(one in ignored for one in pruned):
-                yield module, width, raw
+                yield module, raw
 
     def contains(self, name: str) -> bool:
         """Whether tracing came upon a module."""

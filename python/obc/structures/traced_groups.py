@@ -28,20 +28,16 @@ class Found:
 
     Attributes:
         name: name of its first producer.
-        members: everything with parameters that loses channels with it.
-        size: number of root channels.
+        members: (module, side) of everything with parameters that loses channels with it.
         group: the group; None if ``reason`` says why there is none.
         inner: whether another order of its channels might make it a group.
-        traced: whether tracing came upon it.
     """
 
     name: str
-    members: Members
-    size: int
+    members: Collection[tuple[str, Side]]
     group: ChannelGroup | None = None
     reason: str = ""
     inner: bool = True
-    traced: bool = True
 
 
 @dataclass(frozen=True)
@@ -113,12 +109,9 @@ class GroupFinder:
     def find(self) -> list[Found]:
         """All groups, in the order of the model's modules."""
         found = []
-        for module, width, raw in self._graph.raw_groups(self._settings.ignored):
-            if isinstance(raw, str):
-                name = self._names[module]
-                found.append(Found(name, {(name, "out"): _each(width)}, width, reason=raw))
-            else:
-                found.append(self._found(raw))
+        for module, raw in self._graph.raw_groups(self._settings.ignored):
+            name = self._names[module]
+            found.append(Found(name, [(name, "out")], reason=raw) if isinstance(raw, str) else self._found(raw))
         known = self.ignored | {name for one in found for name, side in one.members if side == "out"}
         found += [
             self._untraced(name)
@@ -128,7 +121,7 @@ class GroupFinder:
         return sorted(found, key=lambda one: self.place(one.name))
 
     def _untraced(self, name: str) -> Found:
-        width, heads = size_of(self._modules[name], "out"), self._modules[name] in self._settings.heads
+        heads = self._modules[name] in self._settings.heads
         reason = self._graph.failure or (
             "tracing does not come upon it (an operation without a gradient lies between it and the output)"
         )
@@ -136,20 +129,17 @@ class GroupFinder:
             reason = "tracing does not follow its hidden units"
         if heads:
             reason = "its heads, set by num_heads, are joined in tracing, which does not come upon it"
-        return Found(name, {(name, "out"): _each(width)}, width, None, reason, inner=not heads, traced=False)
+        return Found(name, [(name, "out")], reason=reason, inner=not heads)
 
     def _found(self, raw: Any) -> Found:
         name = min(self._graph.producers(raw), key=self.place)
-        found = Found(name, {}, len(raw[0][1]))
+        found = Found(name, [(name, "out")])
         try:
             self._fill(found, raw)
         except NotPrunableError as reason:
             found.reason, found.inner = str(reason), not isinstance(reason, InnerMatterError)
         except INSIDE_TORCH_PRUNING as error:
             found.reason = unfollowed(error)
-        if not found.members:
-            found.members = {(name, "out"): _each(size_of(self._modules[name], "out"))}
-            found.size = len(found.members[name, "out"])
         return found
 
     def _fill(self, found: Found, raw: Any) -> None:
@@ -157,16 +147,16 @@ class GroupFinder:
         if heads:
             found.inner = False  # queries and keys of one head meet in products
             raw = self._graph.rerooted(raw)
-        found.size = len(raw[0][1])
-        found.members = self._graph.members(raw)
-        self._refuse_several(found.members)
-        self._refuse_outer(found.members, raw)
-        self._refuse_beyond(found.members)
-        units = Units(found.size)
-        self._join_heads(units, heads, found.size)
-        self._join_self_coupled(units, raw, found.size)
+        size, members = len(raw[0][1]), self._graph.members(raw)
+        found.members = members or found.members
+        self._refuse_several(members)
+        self._refuse_outer(members, raw)
+        self._refuse_beyond(members)
+        units = Units(size)
+        self._join_heads(units, heads, size)
+        self._join_self_coupled(units, raw, size)
         kind = "heads" if heads else "channels"
-        group = self.assemble(found.name, found.members, units.table(), found.size, kind=kind)
+        group = self.assemble(found.name, members, units.table(), size, kind=kind)
         width = size_of(self._modules[found.name], "out")
         if group.size == 1 and width > 1:
             raise NotPrunableError(
@@ -286,7 +276,3 @@ class GroupFinder:
         for channel in range(size):
             for other in self._graph.coupled(raw, channel):
                 units.join(channel, other)
-
-
-def _each(size: int) -> dict[int, int]:
-    return {channel: channel for channel in range(size)}
