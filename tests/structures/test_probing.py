@@ -17,8 +17,7 @@ from random_wirings import random_wired, zero_inputs
 
 from obc.structures.influence import Source, influences
 from obc.structures.traced import TorchPruningStructure
-from obc.structures.traced_units import divided
-from obc.structures.units import NotPrunableError
+from obc.structures.units import NotPrunableError, divided
 
 SIZE = 6
 

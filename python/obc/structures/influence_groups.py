@@ -21,7 +21,7 @@ from obc.model.recurrent import is_recurrent
 from obc.model.rules import Rule, rule_for
 from obc.structures.influence import Influence, Source, TooManyPassesError, influences
 from obc.structures.probing import reads_channels
-from obc.structures.traced_units import Members, Units
+from obc.structures.units import Members, Units
 
 Key = tuple[str, int]
 

@@ -22,8 +22,7 @@ from obc.model.recurrent import is_recurrent
 from obc.model.rules import Rule, rule_for
 from obc.structures.reaching import unchanged_buffers
 from obc.structures.traced_plan import holds_channels
-from obc.structures.traced_units import InnerMatterError, Members
-from obc.structures.units import NotPrunableError
+from obc.structures.units import InnerMatterError, Members, NotPrunableError
 
 try:
     import torch_pruning as tp

@@ -18,8 +18,7 @@ from obc.structures.measure import Usage
 from obc.structures.removal import size_of
 from obc.structures.traced_graph import INSIDE_TORCH_PRUNING, TracedGraph, unfollowed
 from obc.structures.traced_plan import repeat_of
-from obc.structures.traced_units import InnerMatterError, Members, Units, divided, parts_of, slice_of
-from obc.structures.units import NotPrunableError
+from obc.structures.units import InnerMatterError, Members, NotPrunableError, Units, divided, parts_of, slice_of
 
 
 @dataclass(eq=False)

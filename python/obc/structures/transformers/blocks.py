@@ -14,12 +14,10 @@ from torch import nn
 import obc.structures.transformers.families  # noqa: F401 - the families register themselves
 from obc.model.arguments import listed
 from obc.structures.transformers.attention import attentions
-from obc.structures.transformers.axes import layer_axes
-from obc.structures.transformers.block import Block
+from obc.structures.transformers.block import Block, layer_axes
 from obc.structures.transformers.embedding import embedding, embedding_name
 from obc.structures.transformers.family import FAMILIES, attributes, kinds
-from obc.structures.transformers.feed_forward import feed_forwards
-from obc.structures.transformers.inverted_residuals import inverted_residuals
+from obc.structures.transformers.feed_forward import feed_forwards, inverted_residuals
 from obc.structures.transformers.layers import Layers
 from obc.structures.units import NotPrunableError
 

@@ -10,8 +10,7 @@ from obc.model.groups import ChannelGroup, Side, Slice
 from obc.model.layouts import is_depthwise
 from obc.model.names import joined
 from obc.structures.transformers import attention
-from obc.structures.transformers.axes import Axis
-from obc.structures.transformers.block import Block
+from obc.structures.transformers.block import Axis, Block
 from obc.structures.transformers.family import FAMILIES, attributes, config_keys
 from obc.structures.transformers.layers import Counter, Layers, channels
 from obc.structures.transformers.per_head import is_attention

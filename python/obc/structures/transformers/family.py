@@ -48,7 +48,7 @@ class Family:
         feed_forwards: names of the layers of a feed-forward block within its module: the producers, then the consumer.
         fused_feed_forwards: (producer, consumer), if the producer's outputs are [gate | up].
         inverted_residuals: names of the modules of an inverted residual, each with one convolution: the widening one,
-            those between, the narrowing one (:mod:`obc.structures.transformers.inverted_residuals`).
+            those between, the narrowing one (:mod:`obc.structures.transformers.feed_forward`).
         projections: names of the projections of queries, keys and values, and of the output where they need it to be
             told from others; two names: of queries, and of [keys | values].
         fused_projections: name of a projection of all three -> the order of its outputs. None means [all queries | all

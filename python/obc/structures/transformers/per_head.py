@@ -16,7 +16,7 @@ from torch import Tensor
 
 from obc.model.groups import Slice
 from obc.model.names import joined
-from obc.structures.transformers.axes import Axis
+from obc.structures.transformers.block import Axis
 from obc.structures.transformers.family import FAMILIES, HeadsOf
 from obc.structures.transformers.layers import Layers
 

@@ -12,8 +12,7 @@ from obc.model.depth import put_stand_in
 from obc.model.groups import Slice
 from obc.model.kept import Kept
 from obc.model.shared_copy import Uses, parameter_uses, replace_parameter
-from obc.structures.transformers.axes import Axis, axis_key, layer_axes, narrow
-from obc.structures.transformers.block import Block
+from obc.structures.transformers.block import Axis, Block, axis_key, layer_axes, narrow
 from obc.structures.transformers.depth import DepthUnit
 from obc.structures.units import renumbered_group, without, without_units
 

@@ -10,8 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from obc.model.groups import Slice
-from obc.structures.transformers.axes import Axis
-from obc.structures.transformers.block import Block
+from obc.structures.transformers.block import Axis, Block
 from obc.structures.transformers.config import with_widths
 from obc.structures.transformers.family import kinds
 

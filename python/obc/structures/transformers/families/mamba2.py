@@ -13,8 +13,7 @@ from torch import Tensor
 
 from obc.model.groups import ChannelGroup, Slice
 from obc.model.names import joined
-from obc.structures.transformers.axes import Axis
-from obc.structures.transformers.block import Block, Kind
+from obc.structures.transformers.block import Axis, Block, Kind
 from obc.structures.transformers.family import Family, register
 from obc.structures.transformers.layers import Layers, channels, value_of
 from obc.structures.units import NotPrunableError

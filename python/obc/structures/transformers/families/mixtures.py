@@ -16,8 +16,7 @@ from obc.model.experts import DOWN, fused_experts, is_correction, is_gated, is_t
 from obc.model.groups import ChannelGroup, Side, Slice
 from obc.model.layouts import layout_of
 from obc.model.names import joined
-from obc.structures.transformers.axes import Axis
-from obc.structures.transformers.block import Block, Kind
+from obc.structures.transformers.block import Axis, Block, Kind
 from obc.structures.transformers.family import Family, attributes, config_keys, register
 from obc.structures.transformers.layers import Layers, channels
 from obc.structures.transformers.routing import ROUTERS, experts_per_token

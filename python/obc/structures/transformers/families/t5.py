@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from obc.model.groups import ChannelGroup, Side, Slice
 from obc.model.names import joined
 from obc.structures.transformers.attention import refuse_other_parameters
-from obc.structures.transformers.axes import Axis
-from obc.structures.transformers.block import Block
+from obc.structures.transformers.block import Axis, Block
 from obc.structures.transformers.family import Family, attributes, register
 from obc.structures.transformers.layers import Layers, channels
 from obc.structures.units import NotPrunableError
