@@ -258,7 +258,7 @@ def _outputs(module: nn.Module) -> int:
     annotation = inspect.signature(forward).return_annotation
     if annotation is inspect.Signature.empty:
         return 0
-    return _of_annotation(annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)) or 0
+    return _of_annotation(annotation if isinstance(annotation, str) else inspect.formatannotation(annotation))
 
 
 def _is_sum(tree: ast.Module, value: ast.expr) -> bool:
@@ -299,20 +299,16 @@ def _has_tuple(value: ast.expr) -> bool:
     return False
 
 
-def _of_annotation(annotation: str) -> int | None:
+def _of_annotation(annotation: str) -> int:
+    """The length of the tuple that an annotation says; 0 for anything else."""
     try:
         node = ast.parse(annotation, mode="eval").body
     except SyntaxError:
-        return None
-    if isinstance(node, ast.Subscript) and ast.unparse(node.value).rpartition(".")[2].lower() == "tuple":
-        inner = node.slice
-        if isinstance(inner, ast.Tuple) and not any(
-            isinstance(one, ast.Constant) and one.value is ... for one in inner.elts
-        ):
-            return len(inner.elts)
-        return None
-    name = ast.unparse(node).rpartition(".")[2]
-    return 0 if name in ("Tensor", "FloatTensor") else None
+        return 0
+    if not isinstance(node, ast.Subscript) or ast.unparse(node.value).rpartition(".")[2].lower() != "tuple":
+        return 0
+    sizes = node.slice.elts if isinstance(node.slice, ast.Tuple) else []
+    return 0 if any(isinstance(one, ast.Constant) and one.value is ... for one in sizes) else len(sizes)
 
 
 # --- the config -------------------------------------------------------------------------------------------------
