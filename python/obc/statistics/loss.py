@@ -49,7 +49,6 @@ class WatchedLoss:
             seek(row, sample)
         if sample == 0:
             self.losses.clear()
-        if sample == 0:
             self._readers.begin()
         else:
             self._readers.part_ends()

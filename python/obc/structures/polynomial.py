@@ -46,6 +46,10 @@ class Polynomial:
         per_unit = self._per_unit.get(dimension)
         return Size(float(now)) if per_unit is None else Size(now - float(per_unit @ self._widths), per_unit)
 
+    def present(self, size: Size) -> float:
+        """The present length of a dimension."""
+        return size.fixed if size.per_unit is None else size.fixed + float(size.per_unit @ self._widths)
+
     def add(self, factor: float, *sizes: Size, goes_with: int | None = None) -> None:
         """Add ``factor`` times the product of the sizes; ``goes_with``: the group that takes the constant part."""
         varying = [(size.fixed, size.per_unit) for size in sizes if size.per_unit is not None]

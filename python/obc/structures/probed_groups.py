@@ -22,6 +22,7 @@ from obc.structures.influence_groups import Coupled, coupled_channels
 from obc.structures.proof import Proof, prove
 from obc.structures.protocol import Provable
 from obc.structures.traced_groups import Found, GroupFinder
+from obc.structures.transformers.block import Block
 from obc.structures.units import NotPrunableError
 from obc.structures.varied import varied_copy
 
@@ -31,9 +32,10 @@ _TRIES = 5
 
 
 class Extensible(Provable, Protocol):
-    """A structure that accepts further groups."""
+    """A structure that accepts further groups; some are blocks, with counts that change with their units."""
 
     left_out: dict[str, str]
+    blocks: dict[str, Block]
 
     def offer(self, group: ChannelGroup) -> None:
         """Add a group to ``groups``."""

@@ -67,7 +67,7 @@ class Products:
         """
         for extents, count in self.counts.items():
             sizes = [self._size(extent, groups) for extent in extents]
-            now = [_present(size, groups) for size in sizes]
+            now = [polynomial.present(size) for size in sizes]
             share = [
                 0.0 if size.per_unit is None else float(size.per_unit.abs().max()) / max(present, 1.0)
                 for size, present in zip(sizes, now, strict=True)
@@ -83,13 +83,6 @@ class Products:
         return Size(
             fixed, torch.tensor([factors.get(group.name, 0.0) for group in groups], dtype=torch.float64, device="cpu")
         )
-
-
-def _present(size: Size, groups: Sequence[ChannelGroup]) -> float:
-    if size.per_unit is None:
-        return size.fixed
-    widths = torch.tensor([float(group.size) for group in groups], dtype=torch.float64, device="cpu")
-    return size.fixed + float(size.per_unit @ widths)
 
 
 def find_products(structure: Provable, run: Run, layers: Collection[str]) -> Products:

@@ -35,10 +35,10 @@ from obc.structures.proof import Proof, prove
 from obc.structures.protocol import Limits, Unit
 from obc.structures.reaching import runs_reaching, unchanged_buffers
 from obc.structures.removal import refuse_untied, size_of, step_of
-from obc.structures.traced_blocks import count_down, offer_blocks
+from obc.structures.traced_blocks import offer_blocks
 from obc.structures.traced_graph import TracedGraph, trace
 from obc.structures.traced_groups import Found, GroupFinder, Settings
-from obc.structures.transformers.block import Block
+from obc.structures.transformers.block import Block, count_down
 from obc.structures.units import checked_units, layer_name, renumbered_group, without_units
 from obc.structures.varied import varied_inputs
 

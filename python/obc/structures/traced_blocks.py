@@ -7,10 +7,7 @@ groups they are kept only if the proof passes.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import Protocol
-
-from torch import nn
+from collections.abc import Collection
 
 from obc.model.evaluation import Run
 from obc.model.groups import Side
@@ -23,13 +20,7 @@ from obc.structures.transformers.blocks import Finder
 _KINDS = ("heads", "ffn")
 
 
-class Blocked(Extensible, Protocol):
-    """A structure some of whose groups are blocks, with counts that change with their units."""
-
-    blocks: dict[str, Block]
-
-
-def offer_blocks(structure: Blocked, run: Run, proof: Proof, kept: Collection[str], dims: dict[str, int]) -> None:
+def offer_blocks(structure: Extensible, run: Run, proof: Proof, kept: Collection[str], dims: dict[str, int]) -> None:
     """Let the structure have the blocks that are proved.
 
     Args:
@@ -74,11 +65,3 @@ def _dims_of(block: Block) -> dict[str, int] | None:
             return None
         dims[name] = axes[0].dim
     return dims
-
-
-def count_down(modules: Mapping[str, nn.Module], block: Block, units: int) -> None:
-    """Let the modules that count a block's units know that so many are gone."""
-    for counter in block.counters:
-        module = modules[counter.module]
-        for attribute, value in counter.without(module, units).items():
-            setattr(module, attribute, value)

@@ -158,3 +158,11 @@ def narrow(kept: Mapping[str, Kept], axis: Axis, size: int, removed: Tensor) -> 
 def axis_key(axis: Axis) -> tuple[str, int]:
     """(parameter name, dimension), equal for axes that lie in the same dimension."""
     return f"{axis.module}.{axis.tensor}" if axis.module else axis.tensor, axis.dim
+
+
+def count_down(modules: Mapping[str, nn.Module], block: Block, units: int) -> None:
+    """Let the modules that count a block's units know that so many are gone."""
+    for counter in block.counters:
+        module = modules[counter.module]
+        for attribute, value in counter.without(module, units).items():
+            setattr(module, attribute, value)

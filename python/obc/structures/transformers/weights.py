@@ -12,7 +12,7 @@ from obc.model.depth import put_stand_in
 from obc.model.groups import Slice
 from obc.model.kept import Kept
 from obc.model.shared_copy import Uses, parameter_uses, replace_parameter
-from obc.structures.transformers.block import Axis, Block, axis_key, layer_axes, narrow
+from obc.structures.transformers.block import Axis, Block, axis_key, count_down, layer_axes, narrow
 from obc.structures.transformers.depth import DepthUnit
 from obc.structures.units import renumbered_group, without, without_units
 
@@ -80,10 +80,7 @@ class BlockWeights:
                 self._shorten(axis, removed, shortened, uses)
         for layer in dict.fromkeys(axis.module for axes, _ in removals for axis in axes):
             sync_sizes(self.modules[layer])
-        for counter in block.counters:
-            module = self.modules[counter.module]
-            for attribute, value in counter.without(module, len(units)).items():
-                setattr(module, attribute, value)
+        count_down(self.modules, block, len(units))
         return {axis_key(axis): removed for axes, removed in removals for axis in axes}
 
     def _shorten(self, axis: Axis, removed: Tensor, shortened: dict[tuple[int, int], Tensor], uses: Uses) -> None:
