@@ -84,7 +84,8 @@ def score(
 
     Raises:
         ValueError: ``batches`` is empty, a loss has the wrong shape or no graph, or all rows are zero.
-        ScoringError: no row was finite, or (``strict``) a module is unscored or a row is not finite.
+        ScoringError: the model is compiled, no row was finite, or (``strict``) a module is unscored or a row is not
+            finite.
         CheckpointError: the checkpoint is damaged, or belongs to another model, other weights or other arguments.
     """
     with failing_together(options.get("process_group"), model):

@@ -78,6 +78,7 @@ class JacobianScorer:
 
     Raises:
         ValueError: no module can be scored, or an argument is not one of the values above.
+        ScoringError: on entering the ``with`` block, the model was compiled before.
     """
 
     def __init__(
