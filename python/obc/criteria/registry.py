@@ -11,7 +11,7 @@ _REGISTERED: dict[str, Any] = {}
 
 
 def register(name: str, criterion: Any) -> None:
-    """Make ``criterion`` known as ``name`` to ``obc.prune``, the command line and the table of criteria.
+    """Make ``criterion`` known as ``name`` in this process, also to the command line that imports the caller's module.
 
     Args:
         name: an unused name, or the name of the same criterion.
