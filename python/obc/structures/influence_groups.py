@@ -7,7 +7,8 @@ that something but a layer reads also stay, with everything that goes together w
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -149,50 +150,44 @@ class _Classes:
         wide: Mapping[str, Tensor],
     ) -> None:
         self._modules, self._sources, self._wide = dict(named_modules(model)), sources, wide
-        self._start: dict[str, int] = {}
-        total = 0
-        for key, source in sources.items():
-            self._start[key] = total
-            total += source.size
-        self._units = Units(total)
-        self._first: dict[Key, int] = {}
+        sizes = [source.size for source in sources.values()]
+        start = dict(zip(sources, itertools.accumulate(sizes, initial=0), strict=False))
+        units, first = Units(sum(sizes)), dict[Key, int]()
         for key, influence in found.items():
             for name, possible in influence.inputs.items():
                 narrow = possible & ~wide[key]
                 for place, channel in narrow.nonzero().tolist():
-                    node = self._start[key] + channel
-                    self._units.join(node, self._first.setdefault((name, place), node))
-
-    def _nodes(self) -> Iterator[tuple[str, int, int]]:
-        """(key, channel, class) of all channels."""
-        for key, source in self._sources.items():
-            for channel in range(source.size):
-                yield key, channel, self._units.find(self._start[key] + channel)
+                    node = start[key] + channel
+                    units.join(node, first.setdefault((name, place), node))
+        # Key of a source -> the class of each channel; (module, place of its input) -> class.
+        self._classes = {key: [units.find(start[key] + one) for one in range(sources[key].size)] for key in sources}
+        self._reading = {place: units.find(node) for place, node in first.items()}
 
     def _members(self) -> dict[int, list[tuple[str, Side, int]]]:
         """Class -> (module, side, channel) of what goes with it."""
         members: dict[int, list[tuple[str, Side, int]]] = {}
-        for key, channel, root in self._nodes():
-            members.setdefault(root, []).append((self._sources[key].name, "out", channel))
-        for (name, place), node in self._first.items():
-            module = self._modules[name]
-            side: Side = "in" if reads_channels(module) else "out"
-            members[self._units.find(node)].append((name, side, place))
+        for key, classes in self._classes.items():
+            for channel, root in enumerate(classes):
+                members.setdefault(root, []).append((self._sources[key].name, "out", channel))
+        for (name, place), root in self._reading.items():
+            side: Side = "in" if reads_channels(self._modules[name]) else "out"
+            members[root].append((name, side, place))
         return members
 
     def stays(self, blocked: Collection[str]) -> dict[int, str | None]:
         """Class that can't go -> the blocked source that it has channels of, if that is why."""
         stays: dict[int, str | None] = {}
-        for key, channel, root in self._nodes():
-            if key in blocked:
-                stays[root] = key
-            elif bool(self._wide[key][channel]):
-                stays.setdefault(root, None)
+        for key, classes in self._classes.items():
+            for root, is_wide in zip(classes, self._wide[key].tolist(), strict=True):
+                if key in blocked:
+                    stays[root] = key
+                elif is_wide:
+                    stays.setdefault(root, None)
         return stays
 
     def classes_of(self, key: str) -> set[int]:
         """The classes of a source's channels."""
-        return {self._units.find(self._start[key] + channel) for channel in range(self._sources[key].size)}
+        return set(self._classes[key])
 
     def components(self, blocked: Mapping[str, str]) -> list[Coupled]:
         """The classes that can go, by the layers that they have channels of."""

@@ -58,6 +58,10 @@ class GroupFinder:
     """Finds the groups of a model in Torch-Pruning's graph.
 
     Attributes:
+        dims: parameter outside any layer -> the pruned dimension.
+        depthwise: the depthwise convolutions.
+        ignored: the layers whose outputs keep their widths by the caller's settings.
+        kept: layers whose outputs the caller has said something about: they keep their widths, or have so many heads.
         repeats: (group, linear layer) -> number of consecutive columns per channel.
         blocks: projection -> (number of blocks that heads or their thirds form in its outputs, number of outputs).
     """
@@ -66,28 +70,14 @@ class GroupFinder:
         self._graph, self._usage, self._settings = graph, usage, settings
         self._modules, self._names = graph.modules, graph.names
         self._order = {name: place for place, name in enumerate(usage.order)}
+        self.dims, self.depthwise = graph.dims, usage.depthwise
+        self.ignored, with_heads = (
+            {self._names[module] for module in modules if module in self._names}
+            for modules in (settings.ignored, settings.heads)
+        )
+        self.kept = self.ignored | with_heads
         self.repeats: dict[tuple[str, str], int] = {}
         self.blocks: dict[str, tuple[int, int]] = {}
-
-    @property
-    def dims(self) -> dict[str, int]:
-        """Parameter outside any layer -> the pruned dimension."""
-        return self._graph.dims
-
-    @property
-    def depthwise(self) -> frozenset[str]:
-        """The depthwise convolutions."""
-        return self._usage.depthwise
-
-    @property
-    def ignored(self) -> set[str]:
-        """The layers whose outputs keep their widths by the caller's settings."""
-        return {self._names[module] for module in self._settings.ignored if module in self._names}
-
-    @property
-    def kept(self) -> set[str]:
-        """Layers whose outputs the caller has said something about: they keep their widths, or have so many heads."""
-        return self.ignored | {self._names[module] for module in self._settings.heads if module in self._names}
 
     def layers_outside(self, producers: Collection[str]) -> list[str]:
         """The layers that ran and whose outputs are not those of ``producers``; depthwise convolutions don't count."""
@@ -95,7 +85,7 @@ class GroupFinder:
             name
             for name in self._usage.order
             if name not in producers
-            and name not in self._usage.depthwise
+            and name not in self.depthwise
             and name not in self._usage.several
             and (layout_of(self._modules[name]) is not None or is_recurrent(self._modules[name]))
             and not isinstance(self._modules.get(name.rpartition(".")[0]), nn.MultiheadAttention)
@@ -257,7 +247,7 @@ class GroupFinder:
 
     def _division(self, name: str, module: nn.Module, side: Side) -> int:
         own = 1
-        if isinstance(module, _ConvNd) and name not in self._usage.depthwise:
+        if isinstance(module, _ConvNd) and name not in self.depthwise:
             own = module.groups
         elif isinstance(module, nn.GroupNorm):
             own = module.num_groups
