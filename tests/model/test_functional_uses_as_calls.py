@@ -222,22 +222,26 @@ def test_other_geometry_is_no_call() -> None:
         torch.testing.assert_close(result, F.conv2d(x, layer.weight, layer.bias, stride, 1))
 
 
-def test_a_function_without_uses_is_not_looked_at_for_long() -> None:
-    entered = []
+def test_classes_are_restored_and_leave_no_trace() -> None:
+    model = Net(by_einsum)
+    inside: list[Any] = []
 
-    def forward(model: nn.Module, x: Tensor) -> Tensor:
-        entered.append(len(torch.overrides._get_current_function_mode_stack()))
+    def forward(model: Any, x: Tensor) -> Tensor:
+        half = model.middle.weight[:2]
+        inside.extend([copy.deepcopy(model.middle), type(model.middle.weight)(torch.ones(2)), half])
         result: Tensor = model(x)
         return result
 
-    for use, count in ((called, [1, 1, 1, 0, 0]), (linear, [1] * 5)):
-        entered.clear()
-        function, model = calling_layers(forward), Net(use)
-        assert calling_layers(function) is function
-        for _ in range(5):
-            function(model, torch.randn(2, 6))
-        assert entered == count
+    function = calling_layers(forward)
+    assert calling_layers(function) is function
     assert calling_layers(None) is None
+    function(model, torch.randn(2, 6))
+    with pytest.raises(RuntimeError, match="shapes"):
+        function(model, torch.randn(2, 7))
+    copied, made, half = inside[:3]
+    assert {type(one) for one in (*model.parameters(), *copied.parameters(), made)} == {nn.Parameter}
+    assert type(half) is Tensor
+    assert not hasattr(half, "use")
 
 
 @pytest.mark.parametrize("kind", list(PAIRS))

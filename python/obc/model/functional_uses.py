@@ -8,52 +8,34 @@ a layer for unused, or miss some of its uses. Here a functional use that compute
 from __future__ import annotations
 
 import functools
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
-from torch.overrides import TorchFunctionMode
 
 from obc.model.linear_like import acts_as_linear, is_linear
+from obc.model.watched_weights import Use, WeightWatch, computes_its_weight
 
 Function = TypeVar("Function", bound=Callable[..., Any] | None)
 
 _CONVOLUTIONS = {F.conv1d: nn.Conv1d, F.conv2d: nn.Conv2d, F.conv3d: nn.Conv3d}
 _KINDS: dict[Any, type[nn.Module]] = {F.linear: nn.Linear, F.embedding: nn.Embedding, **_CONVOLUTIONS}
 _PRODUCTS = {torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__}
-_TRANSPOSES = {
-    *(torch.t, Tensor.t, torch.transpose, Tensor.transpose, torch.permute, Tensor.permute),
-    *(Tensor.T.__get__, Tensor.mT.__get__),  # type: ignore[attr-defined]
-}
-# What else computes something that a layer of its own might: products, and weights made of weights.
-_OTHERS = {
-    *(torch.einsum, torch.tensordot, torch.addmm, torch.baddbmm, torch.bmm, Tensor.bmm, Tensor.__rmatmul__),
-    *(torch.cat, torch.add, Tensor.add, Tensor.__add__, torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__getitem__),
-    *(torch.chunk, Tensor.chunk, torch.split, Tensor.split, torch.narrow, Tensor.narrow, F.conv_transpose2d),
-}
-_LOOKED_AT = {*_KINDS, *_PRODUCTS, *_TRANSPOSES, *_OTHERS}
-# Calls of a function that are looked at before it counts as one without functional uses: the first may be of one
-# sample.
-_CALLS = 3
-
-_entered: list[LayerCalls] = []
 
 
-class LayerCalls(TorchFunctionMode):
+class LayerCalls(WeightWatch):
     """While it is entered, functional uses of the layers of these models call them.
 
     A use of a linear layer, a convolution or an embedding whose class has torch's own forward becomes a call, unless a
     call is what uses the weight; ``layer.forward(x)``, which runs no hooks, is none. A bias other than the layer's own
-    is added to the call without one. A product with the transposed weight is a use of a linear layer. Others, such as a
-    product with a part of a weight or with an embedding's, stay what they are; so do those in activation checkpoints,
-    which autograd repeats outside the block.
+    is added to the call without one. A product with the transposed weight is a use of a linear layer. A weight that the
+    layer computes, such as a weight norm's, is a weight like others. Other uses, such as a product with a part of a
+    weight or with an embedding's, stay what they are; so do those in activation checkpoints, which autograd repeats
+    outside the block.
 
     Attributes:
         seen: whether there was a functional use.
@@ -61,64 +43,55 @@ class LayerCalls(TorchFunctionMode):
     """
 
     def __init__(self, models: Iterable[nn.Module]) -> None:
-        super().__init__()
         self.seen, self.others = False, dict[str, str]()
-        self._layers: dict[int, list[nn.Module]] = {}
-        self._watched: dict[int, list[tuple[str, nn.Module]]] = {}
-        for name, module in (pair for model in models for pair in model.named_modules()):
-            weight = module._parameters.get("weight")
-            if weight is None or is_lazy(weight) or weight.dim() < 2:
+        self._models = list(models)
+        computing: list[nn.Module] = []
+        super().__init__(self._weights(computing), computing)
+
+    def _weights(self, computing: list[nn.Module]) -> Iterator[tuple[nn.Module, Tensor]]:
+        left, known = list(self._models), set[nn.Module]()
+        while left:
+            module = left.pop()
+            if module in known:
                 continue
-            if _runs_as_torch_does(module):
-                self._layers.setdefault(id(weight), []).append(module)
-            if isinstance(module, _ConvNd) or is_linear(module):
-                self._watched.setdefault(id(weight), []).append((name, module))
-        self._transposed: dict[int, tuple[Tensor, nn.Parameter]] = {}
+            known.add(module)
+            left += [one for one in module._modules.values() if one is not None]
+            weight = module._parameters.get("weight")
+            if weight is not None and not is_lazy(weight) and weight.dim() >= 2:
+                yield module, weight
+            elif computes_its_weight(module):
+                computing.append(module)
 
     def __enter__(self) -> LayerCalls:
         self._hooks = _saved_tensors_hooks()
         super().__enter__()
-        _entered.append(self)
         return self
 
-    def __exit__(self, *error: Any) -> None:
-        _entered.remove(self)
-        super().__exit__(*error)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func not in _LOOKED_AT or is_compiling():
-            return func(*args, **kwargs)
-        if func in _TRANSPOSES:
-            result = func(*args, **kwargs)
-            if id(args[0]) in self._layers and _is_transpose(args[0], result):
-                self._transposed[id(result)] = result, args[0]
-            return result
-        use = self._use_of(func, args, kwargs)
-        if use is None:
-            self._note(func, [*args, *kwargs.values()])
-        if use is None or _runs_in(use[0]) or _saved_tensors_hooks() != self._hooks:
-            return func(*args, **kwargs)
-        for one in _entered:  # the innermost alone makes the call
-            one.seen = True
-        return _called(*use)
-
-    def _use_of(self, func: Any, args: Any, kwargs: Any) -> tuple[nn.Module, Tensor, Tensor | None] | None:
-        """(layer, its input, the bias) if the function computes what a call of the layer computes."""
-        if func in _OTHERS:
+    def called(self, func: Any, args: Any, kwargs: Mapping[str, Any], uses: Mapping[int, Use]) -> Any:
+        use = self._use_of(func, args, kwargs, uses)
+        if use is None or _saved_tensors_hooks() != self._hooks:
             return None
+        self.seen = True
+        return functools.partial(_called, *use)
+
+    def _use_of(
+        self, func: Any, args: Any, kwargs: Any, uses: Mapping[int, Use]
+    ) -> tuple[nn.Module, Tensor, Tensor | None] | None:
+        """(layer, its input, the bias) if the function computes what a call of the layer computes."""
         if func in _PRODUCTS:
-            x, other = args if len(args) == 2 else (None, None)
-            if (found := self._transposed.get(id(other))) is None:
-                return None
-            weight, bias, func = found[1], None, F.linear
-        else:
+            x, weight = args if len(args) == 2 else (None, None)
+            bias, how, func = None, "transposed", F.linear
+        elif func in _KINDS:
             names = ("input", "weight", "bias") if func is not F.embedding else ("input", "weight")
             given = dict(zip(names, args, strict=False)) | kwargs
-            x, weight, bias = given.get("input"), given.get("weight"), given.get("bias")
-        kind = _KINDS[func]
-        layers = [one for one in self._layers.get(id(weight), ()) if _is_of(one, kind)]
-        if len(layers) != 1 or layers[0].weight is not weight or not isinstance(x, Tensor):
+            x, weight, bias, how = given.get("input"), given.get("weight"), given.get("bias"), "itself"
+        else:
+            return None
+        use, kind = uses.get(id(weight)), _KINDS[func]
+        if use is None or use.how != how or not isinstance(x, Tensor) or id(x) in uses:
+            return None
+        layers = [one for one in use.layers if _is_of(one, kind) and _runs_as_torch_does(one)]
+        if len(layers) != 1 or (use.weight is not None and layers[0]._parameters.get("weight") is not use.weight):
             return None
         if func is F.embedding and (args[2] if len(args) > 2 else kwargs.get("padding_idx")) != layers[0].padding_idx:
             return None
@@ -126,12 +99,12 @@ class LayerCalls(TorchFunctionMode):
             return None
         return layers[0], x, bias
 
-    def _note(self, func: Any, given: list[Any]) -> None:
-        """Note the layers whose weights a function gets outside of these layers' own forwards."""
-        entries = (entry for one in given for entry in (one if isinstance(one, (list, tuple)) else [one]))
-        for layers in [self._watched[id(entry)] for entry in entries if id(entry) in self._watched]:
-            if not any(_runs_in(layer) for _, layer in layers):
-                self.others |= dict.fromkeys((name for name, _ in layers), func.__name__)
+    def note(self, use: Use, product: bool, differentiable: bool) -> None:
+        if not product:
+            return
+        layers = [one for one in use.layers if isinstance(one, _ConvNd) or is_linear(one)]
+        names = [name for model in self._models for name, module in model.named_modules() if module in layers]
+        self.others |= dict.fromkeys(names, use.function)
 
 
 def _runs_as_torch_does(module: nn.Module) -> bool:
@@ -146,10 +119,6 @@ def _runs_as_torch_does(module: nn.Module) -> bool:
 
 def _is_of(layer: nn.Module, kind: type[nn.Module]) -> bool:
     return is_linear(layer) if kind is nn.Linear else isinstance(layer, kind)
-
-
-def _is_transpose(weight: Tensor, result: Tensor) -> bool:
-    return weight.dim() == 2 and result.shape == weight.shape[::-1] and result.stride() == weight.stride()[::-1]
 
 
 def _geometry_of(layer: Any) -> tuple[Any, ...]:
@@ -167,36 +136,20 @@ def _geometry(
 
 def _called(layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
     """What the layer returns, with this bias in place of its own."""
-    own = layer._parameters.get("bias")
-    if bias is own:
-        result: Tensor = layer(x)
-        return result
-    if own is not None:
+    own, computed = layer._parameters.get("bias"), vars(layer).get("weight")
+    if bias is not own and own is not None:
         layer._parameters["bias"] = None
     try:
-        result = layer(x)
+        result: Tensor = layer(x)
     finally:
         if own is not None:
             layer._parameters["bias"] = own
-    if bias is None:
+        if computed is not None:  # a hook has set another
+            layer.weight = computed
+    if bias is own or bias is None:
         return result
     shape = (-1,) if is_linear(layer) else (-1, *[1] * len(layer.kernel_size))  # type: ignore[arg-type]
     return result + bias.view(shape).to(result.dtype)  # under autocast the result has another dtype
-
-
-def _runs_in(layer: nn.Module) -> bool:
-    """Whether the function runs inside a call of the layer, or straight from another of torch's own modules."""
-    between = (__name__, "torch.overrides", "torch.nn.functional")
-    frame, first = sys._getframe(1), True
-    while frame is not None:
-        name = str(frame.f_globals.get("__name__"))
-        if name not in between and (first or name == nn.Module.__module__):
-            own = frame.f_locals.get("self") is layer
-            if (own and name == nn.Module.__module__) or (first and not own and name.startswith("torch.nn.modules.")):
-                return True
-            first = False
-        frame = frame.f_back  # type: ignore[assignment]
-    return False
 
 
 def _saved_tensors_hooks() -> Any:
@@ -209,38 +162,19 @@ def other_use(function: str) -> str:
     return f"{function} also uses its weight, which is not read: call the layer instead"
 
 
-@contextmanager
-def layers_called(models: Sequence[nn.Module], run: Callable[[], Any]) -> Iterator[Mapping[str, str]]:
-    """Inside the block functional uses of the models' layers are calls, if ``run()`` shows that there are any.
-
-    Yields:
-        ``others`` of the run (:class:`LayerCalls`).
-    """
-    with LayerCalls(models) as mode:
-        run()
-    with LayerCalls(models) if mode.seen else nullcontext():
-        yield mode.others
-
-
 def calling_layers(function: Function) -> Function:
     """``function(model, ...)`` in which functional uses of the model's layers are calls; None stays None.
 
-    If there are none in its first three calls, later ones are not looked at, which would take time. The result's
-    attribute ``other_uses`` collects those of :class:`LayerCalls`.
+    The result's attribute ``other_uses`` collects those of :class:`LayerCalls`.
     """
     if function is None or getattr(function, "calls_layers", False):
         return function
-    calls, seen = 0, False
 
     @functools.wraps(function)
     def call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        nonlocal calls, seen
-        if calls == _CALLS and not seen:
-            return function(model, *args, **kwargs)
-        with LayerCalls([model]) as mode:
+        with LayerCalls([model]) as watch:
             result = function(model, *args, **kwargs)
-        calls, seen = min(calls + 1, _CALLS), seen or mode.seen
-        call.other_uses.update(mode.others)  # type: ignore[attr-defined]
+        call.other_uses.update(watch.others)  # type: ignore[attr-defined]
         return result
 
     call.calls_layers, call.other_uses = True, dict[str, str]()  # type: ignore[attr-defined]

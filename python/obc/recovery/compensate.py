@@ -17,7 +17,7 @@ from obc.model.arguments import listed, number, one_of, refuse_uncallable
 from obc.model.autocast import in_present_autocast, without_autocast
 from obc.model.depth import expanded
 from obc.model.evaluation import ForwardFn, call_on_batch, evaluating, without_cache
-from obc.model.functional_uses import calling_layers, layers_called, other_use
+from obc.model.functional_uses import LayerCalls, calling_layers, other_use
 from obc.model.layouts import is_compiled
 from obc.model.plan import PruningPlan, refuse_non_plans
 from obc.model.processes import Processes, failing_together
@@ -145,9 +145,7 @@ def compensate(
             evaluating(pruned_model, original_model),
             without_cache(pruned_model, original_model),
             torch.no_grad(),
-            layers_called(
-                (pruned_model, original_model), lambda: forward(original_model, next(iter(split[0])))
-            ) as other_uses,
+            LayerCalls((pruned_model, original_model)) as watch,
             unfused(pruned_model, original_model, plan, next(iter(split[0])), forward, processes) as (layers, fused),
             LayerProgress("obc.compensate", progress) as bar,
         ):
@@ -170,7 +168,7 @@ def compensate(
         ]
         # Equivalent Pruning leaves fused experts sliced.
         report.decompressors = {name: found for name, found in report.decompressors.items() if name in plan}
-        partly = {name: function for name, function in other_uses.items() if name in report.layers}
+        partly = {name: function for name, function in watch.others.items() if name in report.layers}
         report.notes += [f"{name}: {other_use(function)}" for name, function in partly.items()]
         _warn_of_unreached(report)
         if partly:

@@ -22,6 +22,10 @@ class ChainError(RowError):
     """The model took another path than in the checking row, so a chain does not hold."""
 
 
+class UseError(RowError):
+    """A function got a weight that gates read, without a call of its layer."""
+
+
 class SampleRowsError(ScoringError):
     """Some modules have no per-sample form: sample rows must come one sample at a time."""
 

@@ -8,12 +8,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from obc.scoring.errors import ChainError, InplaceError, RowError, ScoringError
+from obc.scoring.errors import ChainError, InplaceError, RowError, ScoringError, UseError
 from obc.scoring.parts import Parts
 from obc.scoring.reading import refusals
 from obc.scoring.reading.attachment import Attachment
 from obc.scoring.reading.checking_row import CheckingRow
 from obc.scoring.reading.flat_row import end_row
+from obc.scoring.reading.weight_uses import WeightUses, beside_gates
 
 
 class RowInHand:
@@ -21,11 +22,15 @@ class RowInHand:
 
     Args:
         samples: the number of samples in the row, if the caller knows it.
+
+    Attributes:
+        uses: to be entered while the model runs: what gates don't see.
     """
 
     def __init__(self, attachment: Attachment, samples: int | None) -> None:
         self._attachment, self._samples = attachment, samples
         self._plan, self._reading = attachment.plan, attachment.reading
+        self.uses = WeightUses(self._plan.readers.values())
         self._set_samples()
         for flat in self._plan.flats.values():
             flat.zero()
@@ -61,8 +66,12 @@ class RowInHand:
 
         Raises:
             ScoringError: no backward added to it, gradients were replaced, or the samples don't fit.
+            UseError: functions use weights that gates read.
             ChainError: the model took another path than in the checking row.
         """
+        if self.uses.functions and not self._reading.checking:
+            reader, function = next(iter(self.uses.functions.items()))
+            raise UseError(f"{reader.name!r}: {beside_gates(function)}, which did not happen in the checking row")
         norm_gradients = self._attachment.norms
         refusals.refuse_replaced_gradients(self._attachment.model, self._plan.flats.values(), norm_gradients)
         unchanged = all(tensor._version == self._versions.get(id(tensor), 0) for tensor in self._accumulators())
@@ -115,11 +124,12 @@ class RowLifecycle:
         self.check.begin()
         self._row = RowInHand(attachment, samples)
         try:
-            yield
+            with self._row.uses:
+                yield
             self._end(self._row, attachment, float(loss_scale))
         except BaseException as error:
             self._row.drop()
-            if (repeatable := self._repeatable(error)) is not None:
+            if (repeatable := self._repeatable(error, self._row, attachment)) is not None:
                 raise repeatable from error
             raise
         finally:
@@ -138,7 +148,7 @@ class RowLifecycle:
         parts, reading, store = self._parts, self._parts.reading, self._parts.store
         row.complete(may_be_empty=parts.shared.in_step)
         # A checking row that is not finite is dropped, and the next row is checked.
-        counts = not reading.checking or self._settle_check(attachment)
+        counts = not reading.checking or self._settle_check(row, attachment)
         if reading.pending is not None:
             self.check.confirm_pending(attachment)
         attachment.drop_gradients()
@@ -157,19 +167,27 @@ class RowLifecycle:
         if parts.strict or parts.devices == {torch.device("cpu")}:
             parts.counter.name_faults()
 
-    def _settle_check(self, attachment: Attachment) -> bool:
-        settled = self.check.settle(attachment)
+    def _settle_check(self, row: RowInHand, attachment: Attachment) -> bool:
+        settled = self.check.settle(attachment, row.uses.functions)
         if settled:
             self._parts.refuse_unscored(later_rows=True)
         return settled
 
-    def _repeatable(self, error: BaseException) -> RowError | None:
+    def _repeatable(self, error: BaseException, row_in_hand: RowInHand, attachment: Attachment) -> RowError | None:
         """The error to raise if reading was changed so that the row can be repeated; None if nothing helps."""
         plan, reading = self._parts.plan, self._parts.reading
         if isinstance(error, ChainError):
             plan.give_up_chains()
             row = self._leave_out(str(error))
             return ChainError(f"{row} was dropped: {error}; every row is read by gates from now on, so repeat this row")
+        if isinstance(error, UseError):
+            plan.give_up_chains()
+            self.check.leave_gates(row_in_hand.uses.functions, attachment)
+            row = self._leave_out(str(error))
+            return UseError(
+                f"{row} was dropped: {error}; it is read from its weight's gradient from now on if that can "
+                "be, so repeat this row"
+            )
         if refusals.is_inplace_error(error) and not reading.checking:
             for reader in plan.readers.values():
                 reader.copy_from_now_on()
@@ -198,9 +216,10 @@ class RowLifecycle:
         self._row = RowInHand(attachment, None)
         settled = False
         try:
-            yield
+            with self._row.uses:
+                yield
             self._row.complete(may_be_empty=False)
-            settled = self.check.settle_on_a_sample(attachment)
+            settled = self.check.settle_on_a_sample(attachment, self._row.uses.functions)
         finally:
             if not settled:
                 self.check.forget()

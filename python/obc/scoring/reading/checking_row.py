@@ -8,6 +8,7 @@ read from its weight's gradient from then on.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,7 +24,9 @@ from obc.scoring.reading.gradients import WeightGradient
 from obc.scoring.reading.module_readers import ModuleReader, RowReading
 from obc.scoring.reading.reading_plan import GradientSource, Plan
 from obc.scoring.reading.row_counter import RowCounter
+from obc.scoring.reading.weight_uses import beside_gates
 
+Uses = Mapping[ModuleReader, str]
 logger = logging.getLogger("obc")
 
 # Largest accepted difference between a gate and the weight gradient, relative to the layer's largest entry. Correct
@@ -110,8 +113,11 @@ class CheckingRow:
             reader.reason = reason
         return RowError(f"{self._counter.row()} was dropped: {why}; repeat this row")
 
-    def settle(self, attachment: Attachment) -> bool:
+    def settle(self, attachment: Attachment, uses: Uses) -> bool:
         """Compare, decide how every module is read, and put the right values in the current row.
+
+        Args:
+            uses: functions that got weights without calling their layers.
 
         Returns:
             False if the row is not finite: it is left out, and the next row is checked.
@@ -119,7 +125,7 @@ class CheckingRow:
         reading, plan = self._reading, self._plan
         if not all(bool(flat.values.isfinite().all()) for flat in plan.flats.values()):
             return False
-        fallen = settle(plan, self._fall_back)
+        fallen = settle(plan, self._fall_back, uses)
         if reading.per_sample and (reading.samples or 1) > 1 and fallen:
             raise SampleRowsError.of(fallen)
         if reading.candidates is not None:
@@ -127,18 +133,28 @@ class CheckingRow:
         self._end(attachment)
         return True
 
-    def settle_on_a_sample(self, attachment: Attachment) -> bool:
-        """End the check if one sample shows for every module that its gates read it correctly.
+    def settle_on_a_sample(self, attachment: Attachment, uses: Uses) -> bool:
+        """End the check if one sample shows for every module that its gates read it correctly, and nothing else does.
 
         Returns:
             False if it does not, so that a whole batch must be checked.
         """
-        if not holds_on_a_sample(self._plan):
+        if uses or not holds_on_a_sample(self._plan):
             return False
         if self._reading.candidates is not None:
             self._reading.pending = Pending(self._reading.candidates.found())
         self._end(attachment)
         return True
+
+    def leave_gates(self, uses: Uses, attachment: Attachment) -> None:
+        """Read these readers' modules from their weights' gradients from now on, or leave them unscored."""
+        for source in self._plan.sources:
+            if (reason := _beside_gates(source.readers, uses)) is not None:
+                _fall_back(source, self._fall_back, reason)
+        for reader in self._plan.without_source():
+            if reader in uses:
+                reader.scored, reader.reason = False, beside_gates(uses[reader])
+        attachment.set_weight_gradients()
 
     def _end(self, attachment: Attachment) -> None:
         self._reading.checking, self._reading.candidates = False, None
@@ -154,12 +170,13 @@ class CheckingRow:
             self._reading.pending = None
 
 
-def settle(plan: Plan, fall_back: bool) -> list[str]:
+def settle(plan: Plan, fall_back: bool, uses: Uses) -> list[str]:
     """Decide how every module is read from now on, and put the right values in the current row.
 
     Args:
         plan: its readers' ``how``, ``reason`` and ``scored`` are set.
         fall_back: read modules that gates can't serve from their weight's gradient, instead of leaving them unscored.
+        uses: functions that got weights without calling their layers; a later row may show what they do.
 
     Returns:
         The modules that are read from their weight's gradient.
@@ -167,13 +184,20 @@ def settle(plan: Plan, fall_back: bool) -> list[str]:
     fallen = []
     for source in plan.sources:
         reason = _compare(source.readers, source.gradient) if source.gradient.seen else None
+        reason = reason or _beside_gates(source.readers, uses)
         if reason is not None:
             _take_reference(source.readers)
             _fall_back(source, fall_back, reason)
             fallen += [reader.name for reader in source.readers if source.gradient.fired and reader.scored]
     for reader in plan.without_source():
+        if reader in uses:
+            reader.reason = reader.reason or beside_gates(uses[reader])
         _look_at(reader)
     return fallen
+
+
+def _beside_gates(readers: list[ModuleReader], uses: Uses) -> str | None:
+    return next((beside_gates(uses[reader]) for reader in readers if reader in uses), None)
 
 
 def holds_on_a_sample(plan: Plan) -> bool:

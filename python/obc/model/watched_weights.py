@@ -1,0 +1,334 @@
+"""Weights whose uses are seen: for a while their class is one that torch asks before it runs a function on them.
+
+A call of the weight's own layer costs some microseconds more, everything else nothing: a ``TorchFunctionMode`` would
+see every function of the model. What a function made of a weight is followed until it meets an activation.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+from torch.nn import functional as F
+from torch.nn.utils import parametrize
+
+# What multiplies two tensors channel by channel, so that one of them can be an activation.
+_PRODUCTS: set[Any] = {
+    *(F.linear, F.bilinear, F.embedding, F.embedding_bag, torch.einsum, torch.tensordot, torch.inner, torch.outer),
+    *(F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
+    *(getattr(space, name) for space in (torch, Tensor) for name in ("matmul", "mm", "bmm", "mv", "addmm", "addmv")),
+    *(torch.baddbmm, Tensor.baddbmm, torch.addbmm, Tensor.addbmm, Tensor.inner, Tensor.outer),
+    *(Tensor.__matmul__, Tensor.__rmatmul__),
+}
+# What gives tensors without a value of the weight.
+_WITHOUT_VALUES = {
+    *(getattr(torch, f"{kind}_like") for kind in ("zeros", "ones", "empty", "full", "rand", "randn")),
+    *(getattr(Tensor, f"new_{kind}") for kind in ("zeros", "ones", "empty", "full")),
+    *(Tensor.grad.__get__, Tensor.requires_grad_),  # type: ignore[union-attr]
+}
+_WITHOUT_GRADIENT = {Tensor.detach, torch.detach, Tensor.data.__get__}  # type: ignore[attr-defined]
+_MODULES, _CALL = nn.Module.__module__, nn.Module._call_impl.__code__
+_BETWEEN = (__name__, "torch.overrides", "torch.nn.functional", "torch._tensor")
+_Modules = list[nn.Module]
+
+
+@dataclass(frozen=True)
+class Use:
+    """A weight that a function gets, as such or as something made of it, outside of its layers' forwards.
+
+    Attributes:
+        weight: the parameter, or None if the layer computes its weight.
+        layers: the layers that have it.
+        function: the first function that got it.
+        how: "itself", "transposed", or "made of it".
+    """
+
+    weight: Tensor | None
+    layers: _Modules
+    function: str
+    how: str
+
+
+class WeightWatch:
+    """While it is entered, uses of weights outside of their layers' forwards are told to :meth:`note`.
+
+    Args:
+        pairs: (module, one of its parameters).
+        computing: modules that compute their weight.
+
+    Attributes:
+        gradients: gradients are watched, not activations alone.
+    """
+
+    gradients = False
+
+    def __init__(self, pairs: Iterable[tuple[nn.Module, Tensor]], computing: Iterable[nn.Module] = ()) -> None:
+        self._pairs, self._computing = list(pairs), computing
+        self._undo: list[Callable[[], None]] = []
+
+    def __enter__(self) -> Any:
+        for module in self._computing:
+            self._follow_computed(module)
+        for module, weight in self._pairs:
+            kind = type(weight)
+            if kind is nn.Parameter:
+                _known[id(weight)] = [module]
+                weight.__class__ = _Weight
+            elif kind is _Weight:
+                _known[id(weight)].append(module)
+        _entered.append(self)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        _entered.remove(self)
+        for undo in reversed(self._undo):
+            undo()
+        self._undo.clear()
+        for module, weight in self._pairs:
+            if (modules := _known.get(id(weight))) is not None:
+                modules.remove(module)
+                if not modules:
+                    del _known[id(weight)]
+                    weight.__class__ = nn.Parameter
+        if not _entered:
+            for one in [found for reference in _made if (found := reference()) is not None]:
+                if type(one) is _Made:
+                    one.__class__ = Tensor  # type: ignore[assignment]
+                    del one.use
+            _made.clear()
+
+    def _follow_computed(self, module: nn.Module) -> None:
+        """Follow what the module computes as its weight, by a parametrisation or a hook before its forward."""
+        if parametrize.is_parametrized(module, "weight"):
+            computes: Any = module.parametrizations["weight"]  # type: ignore[union-attr, index]
+            self._undo.append(
+                computes.register_forward_hook(lambda _, args, computed: _computed(module, computed)).remove
+            )
+        else:
+            _computed(module, vars(module)["weight"])
+            self._undo.append(module.register_forward_pre_hook(_hooked).remove)
+
+    def called(
+        self, func: Any, args: Any, kwargs: Mapping[str, Any], uses: Mapping[int, Use]
+    ) -> Callable[[], Any] | None:
+        """What to run in place of the function, or None.
+
+        Args:
+            uses: of each argument that is a weight or made of one, by identity.
+        """
+        return None
+
+    def note(self, use: Use, product: bool, differentiable: bool) -> None:
+        """Be told of a use.
+
+        Args:
+            product: the function may have met an activation.
+            differentiable: the function got the weight itself, and a gradient may come to it from the result.
+        """
+
+
+# The modules that have a watched weight, by its identity, once for each watch; the watches entered, the innermost last;
+# what was made of weights; and which code is torch's, between a function and the call of a module.
+_known: dict[int, list[nn.Module]] = {}
+_entered: list[WeightWatch] = []
+_made: list[weakref.ref[Tensor]] = []
+_torchs: dict[CodeType, bool] = {}
+
+
+class _Weight(nn.Parameter):
+    """The class of a parameter that is watched."""
+
+    def __new__(cls, data: Any = None, requires_grad: bool = True) -> nn.Parameter:  # type: ignore[misc]
+        return nn.Parameter(data, requires_grad)  # by ``type(parameter)(...)``
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        self.__class__ = nn.Parameter  # type: ignore[assignment]
+        try:
+            return copy.deepcopy(self, memo)
+        finally:
+            self.__class__ = _Weight
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _seen(func, types, args, kwargs or {})
+
+
+class _Made(Tensor):
+    """The class of what a function made of a weight."""
+
+    use: Use
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _seen(func, types, args, kwargs or {})
+
+
+_OWN = frozenset((_Weight, _Made))
+
+
+def _seen(func: Any, types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """The result of a function that gets a weight or what was made of one."""
+    if is_compiling() or _is_torchs_own_call() or _is_obcs(caller := _caller()):
+        return _plainly(func, types, args, kwargs)
+    uses = {id(one): use for one in _tensors((args, kwargs)) if (use := _use(one, func, caller)) is not None}
+    if not uses:
+        return _plainly(func, types, args, kwargs)
+    # What an autograd.Function does is differentiated by its own backward, in which no layer is called.
+    inside = _is_in_autograd_function(caller)
+    for watch in [] if inside and any(one.gradients for one in _entered) else reversed(_entered):
+        if (call := watch.called(func, args, kwargs, uses)) is not None:
+            return call()
+    result = _plainly(func, types, args, kwargs)
+    values = [
+        one
+        for one in _tensors(result)
+        if func not in _WITHOUT_VALUES and (one.is_floating_point() or one.is_complex()) and id(one) not in uses
+    ]
+    gradient = bool(values) and func not in _WITHOUT_GRADIENT and (inside or torch.is_grad_enabled())
+    for use in uses.values():
+        for watch in _entered:
+            watch.note(use, func in _PRODUCTS, gradient and use.how == "itself")
+    if func not in _PRODUCTS:
+        use = next(iter(uses.values()))
+        how = "transposed" if _is_transpose(use, args[0] if args else None, result) else "made of it"
+        for one in values:
+            if type(one) is Tensor and one.numel() > 1:
+                _follow(one, Use(use.weight, use.layers, use.function, how))
+    return result
+
+
+def _plainly(func: Any, types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """What torch computes; other classes' own functions are heeded."""
+    if _OWN.issuperset(types):
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+    classes = [(one, type(one)) for one in _tensors((args, kwargs)) if type(one) in (_Weight, _Made)]
+    for one, kind in classes:
+        one.__class__ = nn.Parameter if kind is _Weight else Tensor
+    try:
+        return func(*args, **kwargs)
+    finally:
+        for one, kind in classes:
+            one.__class__ = kind
+
+
+def _follow(one: Tensor, use: Use) -> None:
+    one.__class__ = _Made
+    one.use = use  # type: ignore[attr-defined]
+    _made.append(weakref.ref(one))
+
+
+def _computed(module: nn.Module, weight: Any) -> None:
+    if type(weight) is Tensor and not is_compiling():
+        _follow(weight, Use(None, [module], "a function", "itself"))
+
+
+def _hooked(module: nn.Module, args: Any) -> None:
+    _computed(module, vars(module).get("weight"))
+
+
+def computes_its_weight(module: nn.Module) -> bool:
+    """Whether its weight is a tensor that is computed from parameters, as by torch.nn.utils.parametrize."""
+    computed = "parametrizations" in module._modules and parametrize.is_parametrized(module, "weight")
+    return computed or isinstance(vars(module).get("weight"), Tensor)
+
+
+def _use(one: Tensor, func: Any, caller: FrameType | None) -> Use | None:
+    """The use of a weight that this argument is, if it isn't its own layer that uses it."""
+    if type(one) is _Made:
+        if one.use.how != "itself":
+            return one.use
+        return None if _runs_in(one.use.layers, caller) else replace(one.use, function=func.__name__)
+    layers = list(dict.fromkeys(_known.get(id(one), ())))
+    return Use(one, layers, func.__name__, "itself") if layers and not _runs_in(layers, caller) else None
+
+
+def _is_transpose(use: Use, argument: Any, result: Any) -> bool:
+    if use.how != "itself" or not isinstance(argument, Tensor) or not isinstance(result, Tensor):
+        return False
+    shape, stride = result.shape[::-1], result.stride()[::-1]
+    same = result.data_ptr() == argument.data_ptr() and argument.dim() == 2
+    return same and argument.shape == shape and argument.stride() == stride
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for one in value:
+            yield from _tensors(one)
+    elif isinstance(value, dict):
+        yield from _tensors(tuple(value.values()))
+
+
+def _name(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__"))
+
+
+def _caller() -> FrameType | None:
+    """The frame that calls the function, beyond those of torch's wrappers and of function modes."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        between = frame if _name(frame) in _BETWEEN else _mode_around(frame)
+        if between is None:
+            break
+        frame = between.f_back
+    return frame
+
+
+def _mode_around(frame: FrameType | None) -> FrameType | None:
+    """The frame of a function mode that has called this one of obc, or is this one."""
+    while frame is not None and (_is_obcs(frame) or frame.f_code.co_name == "__torch_function__"):
+        if frame.f_code.co_name == "__torch_function__":
+            return frame
+        frame = frame.f_back
+    return None
+
+
+def _is_obcs(frame: FrameType | None) -> bool:
+    return frame is not None and _name(frame).partition(".")[0] == "obc"
+
+
+def _is_torchs_own_call() -> bool:
+    """Whether one of torch's own modules calls the function in its forward."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        code = frame.f_code
+        if code is _CALL:
+            return True
+        if (own := _torchs.get(code)) is None:
+            own = _name(frame) in _BETWEEN or _name(frame).startswith("torch.nn.modules.")
+            _torchs[code] = own
+        if not own:
+            return False
+        frame = frame.f_back
+    return False
+
+
+def _is_in_autograd_function(frame: FrameType | None) -> bool:
+    while frame is not None and _name(frame) != torch.autograd.Function.__module__:
+        frame = frame.f_back
+    return frame is not None
+
+
+def _runs_in(layers: _Modules, frame: FrameType | None) -> bool:
+    """Whether the frame is inside a call of one of the layers, or straight of another of torch's own modules."""
+    first = True
+    while frame is not None:
+        name = _name(frame)
+        if name not in _BETWEEN and (first or name == _MODULES):
+            this = frame.f_locals.get("self")
+            own = any(this is layer for layer in layers)
+            if (own and name == _MODULES) or (first and not own and name.startswith("torch.nn.modules.")):
+                return True
+            first = False
+        frame = frame.f_back
+    return False
