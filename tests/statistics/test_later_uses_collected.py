@@ -87,6 +87,22 @@ def old_weight_norm(layer: nn.Module) -> None:
         torch.nn.utils.weight_norm(layer)
 
 
+def detached(layer: Any, x: Tensor) -> Tensor:
+    return F.linear(x, layer.weight.detach(), layer.bias.data)
+
+
+def kept_transpose(layer: Any, x: Tensor) -> Tensor:
+    """Made in the first late batch, and used again in later ones."""
+    layer.kept = getattr(layer, "kept", layer.weight.t())
+    result: Tensor = x @ layer.kept
+    return result
+
+
+def kept_copy(layer: Any, x: Tensor) -> Tensor:
+    layer.kept = getattr(layer, "kept", layer.weight * 2)
+    return F.linear(x, layer.kept)
+
+
 COMPUTED: dict[str, Callable[[Any], Any]] = {
     "parameter": lambda layer: None,
     "weight_norm": parametrizations.weight_norm,
@@ -95,8 +111,14 @@ COMPUTED: dict[str, Callable[[Any], Any]] = {
     "old weight_norm": old_weight_norm,
     "masked": masked,
 }
-AS_CALLS = {linear: called, product: called_without_bias, convolved: called}
-NAMED = {einsum: "einsum", cast: "detach", standardised: "sub"}
+AS_CALLS: dict[Any, Any] = {
+    linear: called,
+    detached: called,
+    convolved: called,
+    product: called_without_bias,
+    kept_transpose: called_without_bias,
+}
+NAMED = {kept_copy: "mul", einsum: "einsum", cast: "mul", standardised: "sub"}
 
 
 def batches_for() -> list[Tensor]:
@@ -160,3 +182,36 @@ def test_compensation_sees_or_names_late_uses(use: Any, mode: Any) -> None:
     assert any("middle: " in note for note in reports[0].notes) == (use in NAMED)
     if use in AS_CALLS:
         torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
+
+
+ALIASES: dict[str, Callable[[Any], Any]] = {
+    "buffer": lambda layer: layer.register_buffer("kept", layer.weight.data),
+    "attribute": lambda layer: setattr(layer, "kept", layer.weight.detach()),
+    "transposed": lambda layer: setattr(layer, "kept", layer.weight.t()),
+    "part": lambda layer: layer.register_buffer("kept", layer.weight.data[:4]),
+}
+
+
+def aliased(layer: Any, x: Tensor) -> Tensor:
+    result: Tensor = x @ (layer.kept if layer.kept.shape[0] == WIDTH else layer.kept.t())
+    return result.sum(-1, keepdim=True) if result.shape[-1] == 4 else result
+
+
+@pytest.mark.parametrize("begin", [0, LATE])
+@pytest.mark.parametrize("kind", list(ALIASES))
+def test_a_tensor_that_shares_a_weights_memory_is_the_weight(kind: str, begin: int) -> None:
+    model, batches = net(aliased, begin), batches_for()
+    ALIASES[kind](model.middle)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = obc.collect(model, batches, statistics=["gram"], progress=False)
+    named = [one for one in caught if "also uses its weight" in str(one.message)]
+    assert len(named) == (kind == "part")
+    if kind != "part":
+        model.read.clear()
+        with torch.no_grad():
+            for batch in batches:
+                model(batch)
+        x = torch.cat(model.read).double()
+        torch.testing.assert_close(found.gram["middle"].total, x.t() @ x, check_dtype=False, rtol=1e-5, atol=1e-5)
+    assert type(model.middle.kept) is Tensor

@@ -18,7 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from obc.model.linear_like import acts_as_linear, is_linear
-from obc.model.watched_weights import Use, WeightWatch, computes_its_weight
+from obc.model.watched_weights import Lasting, Use, WeightWatch, computes_its_weight, follow, how_made
 
 Function = TypeVar("Function", bound=Callable[..., Any] | None)
 
@@ -35,27 +35,34 @@ class LayerCalls(WeightWatch):
     is added to the call without one. A product with the transposed weight is a use of a linear layer. A weight that the
     layer computes, such as a weight norm's, is a weight like others. Other uses, such as a product with a part of a
     weight or with an embedding's, stay what they are; so do those in activation checkpoints, which autograd repeats
-    outside the block.
+    outside the block. A tensor in the models that shares a weight's memory is the weight.
+
+    Args:
+        models: the models.
+        lasting: of :class:`obc.model.watched_weights.WeightWatch`.
 
     Attributes:
         seen: whether there was a functional use.
         others: linear layer or convolution -> the function that used its weight otherwise, outside its forward.
     """
 
-    def __init__(self, models: Iterable[nn.Module]) -> None:
+    def __init__(self, models: Iterable[nn.Module], lasting: Lasting | None = None) -> None:
         self.seen, self.others = False, dict[str, str]()
         self._models = list(models)
         computing: list[nn.Module] = []
-        super().__init__(self._weights(computing), computing)
+        super().__init__(self._weights(computing), computing, lasting)
 
-    def _weights(self, computing: list[nn.Module]) -> Iterator[tuple[nn.Module, Tensor]]:
+    def _modules(self) -> Iterator[nn.Module]:
         left, known = list(self._models), set[nn.Module]()
         while left:
             module = left.pop()
-            if module in known:
-                continue
-            known.add(module)
-            left += [one for one in module._modules.values() if one is not None]
+            if module not in known:
+                known.add(module)
+                left += [one for one in module._modules.values() if one is not None]
+                yield module
+
+    def _weights(self, computing: list[nn.Module]) -> Iterator[tuple[nn.Module, Tensor]]:
+        for module in self._modules():
             weight = module._parameters.get("weight")
             if weight is not None and not is_lazy(weight) and weight.dim() >= 2:
                 yield module, weight
@@ -64,8 +71,23 @@ class LayerCalls(WeightWatch):
 
     def __enter__(self) -> LayerCalls:
         self._hooks = _saved_tensors_hooks()
+        self._follow_aliases()
         super().__enter__()
         return self
+
+    def _follow_aliases(self) -> None:
+        """Follow buffers and attributes that share a weight's memory."""
+        held: dict[int, list[tuple[nn.Module, Tensor]]] = {}
+        for module, weight in self._pairs:
+            if (storage := _storage(weight)) != 0:
+                held.setdefault(storage, []).append((module, weight))
+        for owner in self._modules():
+            for name, one in (*owner._buffers.items(), *vars(owner).items()):
+                if type(one) is not Tensor or one.dim() < 2:
+                    continue
+                for module, weight in held.get(_storage(one), ()):
+                    if _overlap(weight, one):
+                        follow(one, Use(weight, [module], name, how_made(weight, one), one.grad_fn is not None))
 
     def called(self, func: Any, args: Any, kwargs: Mapping[str, Any], uses: Mapping[int, Use]) -> Any:
         use = self._use_of(func, args, kwargs, uses)
@@ -89,6 +111,8 @@ class LayerCalls(WeightWatch):
             return None
         use, kind = uses.get(id(weight)), _KINDS[func]
         if use is None or use.how != how or not isinstance(x, Tensor) or id(x) in uses:
+            return None
+        if torch.is_grad_enabled() and not use.gradient:  # gates would count it
             return None
         layers = [one for one in use.layers if _is_of(one, kind) and _runs_as_torch_does(one)]
         if len(layers) != 1 or (use.weight is not None and layers[0]._parameters.get("weight") is not use.weight):
@@ -115,6 +139,19 @@ def _runs_as_torch_does(module: nn.Module) -> bool:
         own = type(module).forward in [kind.forward for kind in _CONVOLUTIONS.values()]
         return own and module.padding_mode == "zeros"
     return acts_as_linear(module) or (isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward)
+
+
+def _storage(one: Tensor) -> int:
+    """The address of the tensor's memory; 0 if it has none of its own."""
+    return one.untyped_storage().data_ptr() if one.layout is torch.strided else 0
+
+
+def _overlap(first: Tensor, second: Tensor) -> bool:
+    ends = []
+    for one in (first, second):
+        last = sum((size - 1) * stride for size, stride in zip(one.shape, one.stride(), strict=True))
+        ends.append(one.data_ptr() + last * one.element_size())
+    return first.data_ptr() <= ends[1] and second.data_ptr() <= ends[0]
 
 
 def _is_of(layer: nn.Module, kind: type[nn.Module]) -> bool:
@@ -170,9 +207,11 @@ def calling_layers(function: Function) -> Function:
     if function is None or getattr(function, "calls_layers", False):
         return function
 
+    lasting: Lasting = []
+
     @functools.wraps(function)
     def call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with LayerCalls([model]) as watch:
+        with LayerCalls([model], lasting) as watch:
             result = function(model, *args, **kwargs)
         call.other_uses.update(watch.others)  # type: ignore[attr-defined]
         return result

@@ -38,6 +38,7 @@ _WITHOUT_GRADIENT = {Tensor.detach, torch.detach, Tensor.data.__get__}  # type: 
 _MODULES, _CALL = nn.Module.__module__, nn.Module._call_impl.__code__
 _BETWEEN = (__name__, "torch.overrides", "torch.nn.functional", "torch._tensor")
 _Modules = list[nn.Module]
+Lasting = list[tuple["weakref.ref[Tensor]", "Use"]]
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,14 @@ class Use:
         layers: the layers that have it.
         function: the first function that got it.
         how: "itself", "transposed", or "made of it".
+        gradient: a gradient with respect to the use is one with respect to the weight.
     """
 
     weight: Tensor | None
     layers: _Modules
     function: str
     how: str
+    gradient: bool = True
 
 
 class WeightWatch:
@@ -63,6 +66,8 @@ class WeightWatch:
     Args:
         pairs: (module, one of its parameters).
         computing: modules that compute their weight.
+        lasting: what was made of weights in earlier watches and is still there, such as a merged weight that is kept;
+            renewed on leaving.
 
     Attributes:
         gradients: gradients are watched, not activations alone.
@@ -70,8 +75,13 @@ class WeightWatch:
 
     gradients = False
 
-    def __init__(self, pairs: Iterable[tuple[nn.Module, Tensor]], computing: Iterable[nn.Module] = ()) -> None:
-        self._pairs, self._computing = list(pairs), computing
+    def __init__(
+        self,
+        pairs: Iterable[tuple[nn.Module, Tensor]],
+        computing: Iterable[nn.Module] = (),
+        lasting: Lasting | None = None,
+    ) -> None:
+        self._pairs, self._computing, self._lasting = list(pairs), computing, [] if lasting is None else lasting
         self._undo: list[Callable[[], None]] = []
 
     def __enter__(self) -> Any:
@@ -84,6 +94,9 @@ class WeightWatch:
                 weight.__class__ = _Weight
             elif kind is _Weight:
                 _known[id(weight)].append(module)
+        for reference, use in self._lasting:
+            if type(one := reference()) is Tensor:
+                follow(one, use)
         _entered.append(self)
         return self
 
@@ -98,11 +111,12 @@ class WeightWatch:
                 if not modules:
                     del _known[id(weight)]
                     weight.__class__ = nn.Parameter
+        made = [one for reference in _made if type(one := reference()) is _Made]
+        self._lasting[:] = [(weakref.ref(one), one.use) for one in made]
         if not _entered:
-            for one in [found for reference in _made if (found := reference()) is not None]:
-                if type(one) is _Made:
-                    one.__class__ = Tensor  # type: ignore[assignment]
-                    del one.use
+            for one in made:
+                one.__class__ = Tensor  # type: ignore[assignment]
+                del one.use
             _made.clear()
 
     def _follow_computed(self, module: nn.Module) -> None:
@@ -195,13 +209,14 @@ def _seen(func: Any, types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     gradient = bool(values) and func not in _WITHOUT_GRADIENT and (inside or torch.is_grad_enabled())
     for use in uses.values():
         for watch in _entered:
-            watch.note(use, func in _PRODUCTS, gradient and use.how == "itself")
+            watch.note(use, func in _PRODUCTS, gradient and use.gradient and use.how == "itself")
     if func not in _PRODUCTS:
         use = next(iter(uses.values()))
-        how = "transposed" if _is_transpose(use, args[0] if args else None, result) else "made of it"
+        same = isinstance(result, Tensor) and bool(args) and use.how == "itself"
+        how = how_made(args[0], result) if same else "made of it"
         for one in values:
             if type(one) is Tensor and one.numel() > 1:
-                _follow(one, Use(use.weight, use.layers, use.function, how))
+                follow(one, Use(use.weight, use.layers, use.function, how, gradient and use.gradient))
     return result
 
 
@@ -220,7 +235,8 @@ def _plainly(func: Any, types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             one.__class__ = kind
 
 
-def _follow(one: Tensor, use: Use) -> None:
+def follow(one: Tensor, use: Use) -> None:
+    """Follow a tensor that is made of a weight, or shares its memory, until all watches are left."""
     one.__class__ = _Made
     one.use = use  # type: ignore[attr-defined]
     _made.append(weakref.ref(one))
@@ -228,7 +244,7 @@ def _follow(one: Tensor, use: Use) -> None:
 
 def _computed(module: nn.Module, weight: Any) -> None:
     if type(weight) is Tensor and not is_compiling():
-        _follow(weight, Use(None, [module], "a function", "itself"))
+        follow(weight, Use(None, [module], "a function", "itself"))
 
 
 def _hooked(module: nn.Module, args: Any) -> None:
@@ -251,12 +267,14 @@ def _use(one: Tensor, func: Any, caller: FrameType | None) -> Use | None:
     return Use(one, layers, func.__name__, "itself") if layers and not _runs_in(layers, caller) else None
 
 
-def _is_transpose(use: Use, argument: Any, result: Any) -> bool:
-    if use.how != "itself" or not isinstance(argument, Tensor) or not isinstance(result, Tensor):
-        return False
-    shape, stride = result.shape[::-1], result.stride()[::-1]
-    same = result.data_ptr() == argument.data_ptr() and argument.dim() == 2
-    return same and argument.shape == shape and argument.stride() == stride
+def how_made(weight: Tensor, one: Tensor) -> str:
+    """``Use.how`` of a tensor that shares the weight's memory or is computed from it."""
+    if one.data_ptr() == weight.data_ptr() and one.dim() == weight.dim():
+        if (one.shape, one.stride()) == (weight.shape, weight.stride()):
+            return "itself"
+        if one.dim() == 2 and (one.shape[::-1], one.stride()[::-1]) == (weight.shape, weight.stride()):
+            return "transposed"
+    return "made of it"
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
