@@ -169,10 +169,14 @@ class CorrectRun:
         modules = {layer.name: self.original.get_submodule(layer.name) for layer in self.layers}
         seen = observe(partial(self._whole(self.original), 0), modules, set(), whole=self.original)
         by_name = {layer.name: layer for layer in self.layers}
-        for order, (name, calls) in enumerate(seen.calls.items()):
-            layer = by_name[name]
-            # If an output goes different ways in different calls, its only common point is itself.
-            layer.summed = all(call.summed for call in calls) and not layer.consumer.overlaps
+        tied = Counter(id(layer.weight()) for layer in self.layers)
+        # A layer off the stream comes before one whose sum it enters, which would make up for what it has lost.
+        for order, name in enumerate(sorted(seen.calls, key=lambda name: seen.calls[name][0].closed)):
+            layer, calls = by_name[name], seen.calls[name]
+            # If an output goes different ways in different calls, its only common point is itself; in one sum every
+            # call, or layer with the same weight, would make up for all of them.
+            apart = len({id(call.point) for call in calls}) == len(calls) and tied[id(layer.weight())] == 1
+            layer.summed = apart and all(call.summed for call in calls) and not layer.consumer.overlaps
             layer.calls, layer.order, layer.source = len(calls), order, calls[0].source
             layer.scope = calls[0].scope if layer.summed else name
         absorbed = norms_behind(self.original, modules, partial(self._whole(self.original), 0)) if self.norms else {}

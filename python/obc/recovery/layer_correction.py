@@ -46,6 +46,11 @@ class Layer:
     norm: _BatchNorm | None = None  # takes the intercept if the layer has no bias
     order: int = 2**31  # last if the first batch does not reach it
 
+    def weight(self) -> Tensor:
+        """The layer's weight, which others may have too."""
+        weight: Tensor = getattr(self.consumer.module, self.consumer.layout.weight)
+        return weight
+
 
 @dataclass
 class CorrectionSums:

@@ -219,7 +219,8 @@ def capture(
     handles = []
     for name in chain:
         module = model.get_submodule(name)
-        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        # Before the caller's own hooks, which run again when the module is run alone.
+        handles.append(module.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
         handles.append(module.register_forward_hook(after, with_kwargs=True))
     with hooked(handles), torch.no_grad(), contextlib.suppress(Reached):
         run()
@@ -257,7 +258,7 @@ def replays(model: nn.Module, chain: Sequence[str], run: Callable[[], Any]) -> s
         shown.append(torch.empty(0, device="cpu") if tensor is None else tensor.detach().clone())
 
     handles = [model.get_submodule(name).register_forward_hook(after, with_kwargs=True) for name in chain]
-    handles.append(model.get_submodule(chain[0]).register_forward_pre_hook(before, with_kwargs=True))
+    handles.append(model.get_submodule(chain[0]).register_forward_pre_hook(before, with_kwargs=True, prepend=True))
     with hooked(handles), torch.no_grad():
         run()
     with torch.no_grad():

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from obc.model.absorbing import IDENTITIES
+from obc.model.hooks import hook_before_others
 
 _ADDITIONS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
 _MULTIPLICATIONS = {"mul", "mul_", "__mul__", "__rmul__", "__imul__", "multiply"}
@@ -63,6 +64,7 @@ class Call:
         summed: whether the point is a sum.
         stack: the modules, outermost first, that are running at both the call and the sum; known only if ``observe``
             got the whole model.
+        closed: how many points were complete before this one.
         source: the id of the tensor that the layer reads; of experts, of the one that they all read.
         routing: for an expert's layer (:mod:`obc.recovery.unfused`), the tokens that its rows stand for.
     """
@@ -72,6 +74,7 @@ class Call:
     scale: Tensor | float = 1.0
     summed: bool = False
     stack: list[str] = field(default_factory=list)
+    closed: int = 0
     source: int = 0
     routing: Routing | None = None
 
@@ -125,7 +128,7 @@ class _Observer(TorchFunctionMode):
         self.modules, self.own, self.stop_after = modules, own, stop_after
         self.seen = Seen()
         self.traces: dict[int, _Trace] = {}
-        self.waiting = 0
+        self.waiting = self.closed = 0
         self.handles: list[Any] = []
 
     def __enter__(self) -> _Observer:
@@ -133,7 +136,8 @@ class _Observer(TorchFunctionMode):
             if name:
                 self.handles.append(module.register_forward_pre_hook(lambda *_, name=name: self.stack.append(name)))
         for name, module in self.modules.items():
-            self.handles.append(module.register_forward_hook(partial(self._record, name), with_kwargs=True))
+            # Before the caller's own hooks, which change the output after the layer.
+            self.handles.append(hook_before_others(module, partial(self._record, name), with_kwargs=True))
         for name, module in self.whole.named_modules() if self.whole is not None else ():
             if name:
                 self.handles.append(module.register_forward_hook(lambda *_: self.stack.pop() and None))
@@ -227,6 +231,7 @@ class _Observer(TorchFunctionMode):
         self.waiting -= len(trace.calls)
         point = (trace.tensor.detach().clone() if values is None else values) if trace.summed else None
         for call, scale in trace.calls:
+            call.closed, self.closed = self.closed, self.closed + 1
             if point is not None:
                 call.point, call.scale, call.summed = point, scale, True
 
