@@ -290,5 +290,7 @@ def test_no_batches_and_what_was_not_collected() -> None:
         got.require(["gram"], "obs")
     with pytest.raises(StatisticsError, match="compiled"):
         collect(torch.compile(case.model), case.batches, statistics="moments")
+    with pytest.raises(StatisticsError, match="1 is a ScriptModule"):
+        collect(nn.Sequential(nn.Linear(2, 2), torch.jit.script(nn.Linear(2, 2))), [], statistics="gram")
     with pytest.raises(StatisticsError, match=r"returned shape \(4,\)"):
         collect(case.model, case.batches, case.losses, statistics="gradient_moments")

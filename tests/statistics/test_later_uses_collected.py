@@ -103,6 +103,11 @@ def kept_copy(layer: Any, x: Tensor) -> Tensor:
     return F.linear(x, layer.kept)
 
 
+def loss(model: Any, batch: Tensor) -> Tensor:
+    output: Tensor = model(batch)
+    return output.square().mean()
+
+
 COMPUTED: dict[str, Callable[[Any], Any]] = {
     "parameter": lambda layer: None,
     "weight_norm": parametrizations.weight_norm,
@@ -162,6 +167,11 @@ def test_uses_that_no_call_stands_for_are_named(use: Any, begin: int, computed: 
         found = obc.collect(model, batches_for(), statistics=["gram"], progress=False)
     assert f"{NAMED[use]} also uses its weight" in found.coverage["gram"]["middle"]
     assert found.coverage["gram"]["last"] == "input"
+
+
+def test_a_weight_gradient_has_all_uses() -> None:
+    found = obc.collect(net(einsum, LATE), batches_for(), loss, statistics=["weight_gradients"], progress=False)
+    assert found.coverage["weight_gradients"]["middle"] == "weight gradient"
 
 
 @pytest.mark.parametrize("mode", ["correct", "ls", "seq"])

@@ -56,7 +56,7 @@ class LayerCalls(WeightWatch):
         left, known = list(self._models), set[nn.Module]()
         while left:
             module = left.pop()
-            if module not in known:
+            if module not in known and not isinstance(module, torch.jit.ScriptModule):  # whose inside torch runs
                 known.add(module)
                 left += [one for one in module._modules.values() if one is not None]
                 yield module

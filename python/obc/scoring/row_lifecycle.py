@@ -71,7 +71,7 @@ class RowInHand:
         """
         if self.uses.functions and not self._reading.checking:
             reader, function = next(iter(self.uses.functions.items()))
-            raise UseError(f"{reader.name!r}: {beside_gates(function)}, which did not happen in the checking row")
+            raise UseError(f"{reader.name!r}: {beside_gates(function)}")
         norm_gradients = self._attachment.norms
         refusals.refuse_replaced_gradients(self._attachment.model, self._plan.flats.values(), norm_gradients)
         unchanged = all(tensor._version == self._versions.get(id(tensor), 0) for tensor in self._accumulators())

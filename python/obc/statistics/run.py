@@ -129,6 +129,11 @@ def collect(
                 raise StatisticsError(
                     f"{name or 'the model'} is compiled, so its hooks are not seen; collect, then compile"
                 )
+            if isinstance(module, torch.jit.ScriptModule):
+                raise StatisticsError(
+                    f"{name or 'the model'} is a ScriptModule, whose inside can't be read; put the module it was made "
+                    "of in its place"
+                )
         chosen, blockwise = chosen_statistics(statistics), options_of(by_block)
         if {"rows", "weight_gradients"} <= {one.name for one in chosen}:
             raise StatisticsError("rows freeze the weights: collect 'weight_gradients' in a run of its own")
@@ -370,7 +375,7 @@ class _Run:
         """How modules were read, also of which uses were not."""
         found = reader.final_coverage()
         for module, function in self.other_uses.items():
-            if module in found and found[module].scored:
+            if module in found and found[module].how == "input":
                 found[module] = Coverage(found[module].how, other_use(function))
         return found
 
@@ -395,7 +400,7 @@ class _Run:
             partly = [
                 f"{module!r} ({how.reason})"
                 for module, how in coverage[name].items()
-                if module in self.other_uses and how.scored
+                if module in self.other_uses and how.how == "input"
             ]
             lines += [f"{name} of a part of the inputs of {listed(partly)}"] if partly else []
         for line in lines:
