@@ -67,6 +67,10 @@ def standardised(layer: Any, x: Tensor) -> Tensor:
     return F.linear(x, (layer.weight - layer.weight.mean()) / layer.weight.std())
 
 
+def written_out(layer: Any, x: Tensor) -> Tensor:
+    return (x[:, None] * layer.weight).sum(-1)
+
+
 def called(layer: Any, x: Tensor) -> Tensor:
     result: Tensor = layer(x)
     return result
@@ -123,7 +127,7 @@ AS_CALLS: dict[Any, Any] = {
     product: called_without_bias,
     kept_transpose: called_without_bias,
 }
-NAMED = {kept_copy: "mul", einsum: "einsum", cast: "mul", standardised: "sub"}
+NAMED = {kept_copy: "mul", einsum: "einsum", written_out: "mul", cast: "mul", standardised: "sub"}
 
 
 def batches_for() -> list[Tensor]:
@@ -166,6 +170,29 @@ def test_uses_that_no_call_stands_for_are_named(use: Any, begin: int, computed: 
     with pytest.warns(UserWarning, match=f"gram of a part of the inputs of 'middle' .{NAMED[use]} also uses its wei"):
         found = obc.collect(model, batches_for(), statistics=["gram"], progress=False)
     assert f"{NAMED[use]} also uses its weight" in found.coverage["gram"]["middle"]
+    assert found.coverage["gram"]["last"] == "input"
+
+
+def test_all_weights_in_a_product_are_named() -> None:
+    def joined(layer: Any, x: Tensor) -> Tensor:
+        both = torch.cat([layer.weight, model.other.weight])
+        result: Tensor = F.linear(x, both).unflatten(-1, (2, OUT)).sum(1) + model.other(x)
+        return result
+
+    model: Any = net(joined, LATE)
+    model.other = nn.Linear(WIDTH, OUT)
+    with pytest.warns(UserWarning, match="part of the inputs of 'middle' .*, 'other'"):
+        found = obc.collect(model, batches_for(), statistics=["gram"], progress=False)
+    for name in ("middle", "other"):
+        assert "cat also uses its weight" in found.coverage["gram"][name]
+
+
+def test_a_use_under_a_transform_is_named() -> None:
+    def transformed(layer: Any, x: Tensor) -> Tensor:
+        return torch.func.vmap(lambda row: torch.func.vmap(torch.dot, (0, None))(layer.weight * row.cos(), row))(x)
+
+    with pytest.warns(UserWarning, match="mul also uses its weight"):
+        found = obc.collect(net(transformed, LATE), batches_for(), statistics=["gram"], progress=False)
     assert found.coverage["gram"]["last"] == "input"
 
 

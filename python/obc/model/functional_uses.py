@@ -48,7 +48,7 @@ class LayerCalls(WeightWatch):
 
     def __init__(self, models: Iterable[nn.Module], lasting: Lasting | None = None) -> None:
         self.seen, self.others = False, dict[str, str]()
-        self._models = list(models)
+        self._models, self._noted = list(models), set[nn.Module]()
         computing: list[nn.Module] = []
         super().__init__(self._weights(computing), computing, lasting)
 
@@ -124,8 +124,9 @@ class LayerCalls(WeightWatch):
         return layers[0], x, bias
 
     def note(self, use: Use, product: bool, differentiable: bool) -> None:
-        if not product:
+        if not product or self._noted.issuperset(use.layers):
             return
+        self._noted.update(use.layers)
         layers = [one for one in use.layers if isinstance(one, _ConvNd) or is_linear(one)]
         names = [name for model in self._models for name, module in model.named_modules() if module in layers]
         self.others |= dict.fromkeys(names, use.function)

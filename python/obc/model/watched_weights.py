@@ -26,8 +26,10 @@ _PRODUCTS: set[Any] = {
     *(F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
     *(getattr(space, name) for space in (torch, Tensor) for name in ("matmul", "mm", "bmm", "mv", "addmm", "addmv")),
     *(torch.baddbmm, Tensor.baddbmm, torch.addbmm, Tensor.addbmm, Tensor.inner, Tensor.outer),
-    *(Tensor.__matmul__, Tensor.__rmatmul__),
+    *(Tensor.__matmul__, Tensor.__rmatmul__, torch.dot, Tensor.dot, torch.vdot, Tensor.vdot),
 }
+# These do too, if the other factor is no weight.
+_FACTORS = {torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__mul__, Tensor.__rmul__}
 # What gives tensors without a value of the weight.
 _WITHOUT_VALUES = {
     *(getattr(torch, f"{kind}_like") for kind in ("zeros", "ones", "empty", "full", "rand", "randn")),
@@ -46,7 +48,7 @@ class Use:
     """A weight that a function gets, as such or as something made of it, outside of its layers' forwards.
 
     Attributes:
-        weight: the parameter, or None if the layer computes its weight.
+        weight: the parameter, or None if the layer computes its weight or several are used.
         layers: the layers that have it.
         function: the first function that got it.
         how: "itself", "transposed", or "made of it".
@@ -207,16 +209,20 @@ def _seen(func: Any, types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if func not in _WITHOUT_VALUES and (one.is_floating_point() or one.is_complex()) and id(one) not in uses
     ]
     gradient = bool(values) and func not in _WITHOUT_GRADIENT and (inside or torch.is_grad_enabled())
+    others = [one for one in args if type(one) is Tensor and one.numel() > 1]
+    product = func in _PRODUCTS or (func in _FACTORS and bool(others))
     for use in uses.values():
         for watch in _entered:
-            watch.note(use, func in _PRODUCTS, gradient and use.gradient and use.how == "itself")
-    if func not in _PRODUCTS:
-        use = next(iter(uses.values()))
-        same = isinstance(result, Tensor) and bool(args) and use.how == "itself"
-        how = how_made(args[0], result) if same else "made of it"
+            watch.note(use, product, gradient and use.gradient and use.how == "itself")
+    if not product:
+        first, *more = uses.values()
+        alone = not more and type(result) is Tensor and bool(args) and first.how == "itself"
+        how = how_made(args[0], result) if alone else "made of it"
+        layers = [layer for use in uses.values() for layer in use.layers]
+        made = Use(None if more else first.weight, layers, first.function, how, gradient and first.gradient)
         for one in values:
             if type(one) is Tensor and one.numel() > 1:
-                follow(one, Use(use.weight, use.layers, use.function, how, gradient and use.gradient))
+                follow(one, made)
     return result
 
 
@@ -269,7 +275,8 @@ def _use(one: Tensor, func: Any, caller: FrameType | None) -> Use | None:
 
 def how_made(weight: Tensor, one: Tensor) -> str:
     """``Use.how`` of a tensor that shares the weight's memory or is computed from it."""
-    if one.data_ptr() == weight.data_ptr() and one.dim() == weight.dim():
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(one)  # which has no address
+    if not wrapped and one.data_ptr() == weight.data_ptr() and one.dim() == weight.dim():
         if (one.shape, one.stride()) == (weight.shape, weight.stride()):
             return "itself"
         if one.dim() == 2 and (one.shape[::-1], one.stride()[::-1]) == (weight.shape, weight.stride()):
