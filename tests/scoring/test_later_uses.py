@@ -250,3 +250,22 @@ def test_a_late_use_of_a_computed_weight_is_read(kind: str, use: str) -> None:
     batches = numbered(batches_for())
     truth = explicit(plain, batches, "batch")
     assert_scores(obc.score(model, batches, loss_of, modules=list(truth), progress=False), truth)
+
+
+@pytest.mark.parametrize(
+    "asks",
+    [
+        lambda net, x: x.to(net.middle.weight.dtype).to(net.middle.weight.device),
+        lambda net, x: x.type_as(net.middle.weight).to(net.middle.weight),
+        lambda net, x: x * (net.middle.weight.shape[0] / net.middle.weight.size(0)) + net.middle.weight.new_zeros(()),
+        lambda net, x: x + torch.zeros_like(net.middle.weight).sum() if net.middle.weight.requires_grad else x,
+    ],
+)
+def test_questions_about_a_weight_are_no_uses(asks: Callable[[Any, Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    model = Net(lambda net, x: net.middle(asks(net, x)), LATER["content"]).eval()
+    batches = numbered(batches_for())
+    scores = obc.score(model, batches, loss_of, progress=False)
+    assert scores.coverage["middle"].startswith("gate")
+    assert not scores.metadata.get("left_out")
+    assert_scores(scores, explicit(model, batches, "batch"))

@@ -36,6 +36,8 @@ _WITHOUT_VALUES = {
     *(getattr(Tensor, f"new_{kind}") for kind in ("zeros", "ones", "empty", "full")),
     *(Tensor.grad.__get__, Tensor.requires_grad_),  # type: ignore[union-attr]
 }
+# What takes no value from its second argument.
+_ALIKE = {Tensor.to, Tensor.type_as, Tensor.view_as, Tensor.expand_as, Tensor.reshape_as}
 _WITHOUT_GRADIENT = {Tensor.detach, torch.detach, Tensor.data.__get__}  # type: ignore[attr-defined]
 _MODULES, _CALL = nn.Module.__module__, nn.Module._call_impl.__code__
 _BETWEEN = (__name__, "torch.overrides", "torch.nn.functional", "torch._tensor")
@@ -194,7 +196,8 @@ def _seen(func: Any, types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """The result of a function that gets a weight or what was made of one."""
     if is_compiling() or _is_torchs_own_call() or _is_obcs(caller := _caller()):
         return _plainly(func, types, args, kwargs)
-    uses = {id(one): use for one in _tensors((args, kwargs)) if (use := _use(one, func, caller)) is not None}
+    given = args[:1] if func in _ALIKE else (args, kwargs)
+    uses = {id(one): use for one in _tensors(given) if (use := _use(one, func, caller)) is not None}
     if not uses:
         return _plainly(func, types, args, kwargs)
     # What an autograd.Function does is differentiated by its own backward, in which no layer is called.
