@@ -33,7 +33,7 @@ from obc.recovery.calibration import batch_norms, norm_reference, recalibrate_fr
 from obc.recovery.norm_reference import NormReference
 from obc.selection import Costs
 from obc.selection.caps import refuse_unknown
-from obc.selection.checks import NARROW, FewRowsWarning
+from obc.selection.checks import NARROW, FewRowsWarning, ShareWarning
 from obc.selection.choice import BudgetError
 from obc.selection.task import Task
 from obc.selection.uniform import permitted_widths
@@ -257,7 +257,7 @@ class Job:
         self._evaluation = None  # it belongs to this step's model
         for warning in caught:
             few_rows = issubclass(warning.category, FewRowsWarning)
-            if not (few_rows and self._few_rows):
+            if not (few_rows and self._few_rows) and not issubclass(warning.category, ShareWarning):
                 self.report.warn(str(warning.message))
             self._few_rows = self._few_rows or few_rows
         return removed

@@ -25,6 +25,10 @@ class FewRowsWarning(UserWarning):
     """There are fewer rows than units; it holds in every step of a pruning, with other numbers."""
 
 
+class ShareWarning(UserWarning):
+    """A budget seems to be meant as a share; what a share leaves to free in a last step may be as small."""
+
+
 def check_arguments(
     selection: str, shrinkage: float | None, form: str | None, max_bytes: int, budget: float, per_cost: bool
 ) -> None:
@@ -205,6 +209,7 @@ def warn_if_a_share(budget: float, costs: RemovalCosts) -> None:
         warnings.warn(
             f"the budget {float(budget):g} is no share, but how much to free, in the unit of the costs: one unit frees "
             f"{float(freed.min()):g} at least; for a share pass it times the costs' total",
+            ShareWarning,
             stacklevel=_CALLER,
         )
 
