@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from obc.model.linear_like import acts_as_linear, is_linear
 from obc.model.watched_weights import Lasting, Use, WeightWatch, computes_its_weight, follow, how_made
@@ -144,7 +145,8 @@ def _runs_as_torch_does(module: nn.Module) -> bool:
 
 def _storage(one: Tensor) -> int:
     """The address of the tensor's memory; 0 if it has none of its own."""
-    return one.untyped_storage().data_ptr() if one.layout is torch.strided else 0
+    own = one.layout is torch.strided and not is_traceable_wrapper_subclass(one)
+    return one.untyped_storage().data_ptr() if own else 0
 
 
 def _overlap(first: Tensor, second: Tensor) -> bool:

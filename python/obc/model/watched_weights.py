@@ -194,7 +194,7 @@ _OWN = frozenset((_Weight, _Made))
 
 def _seen(func: Any, types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """The result of a function that gets a weight or what was made of one."""
-    if is_compiling() or _is_torchs_own_call() or _is_obcs(caller := _caller()):
+    if is_compiling() or _is_torchs_own_call() or _is_obcs(caller := _caller()) or _is_compiled(caller):
         return _plainly(func, types, args, kwargs)
     given = args[:1] if func in _ALIKE else (args, kwargs)
     uses = {id(one): use for one in _tensors(given) if (use := _use(one, func, caller)) is not None}
@@ -337,6 +337,15 @@ def _is_torchs_own_call() -> bool:
             _torchs[code] = own
         if not own:
             return False
+        frame = frame.f_back
+    return False
+
+
+def _is_compiled(frame: FrameType | None) -> bool:
+    """Whether the function is run by what torch.compile made, or by the compiler: no layer is called there."""
+    while frame is not None and (_name(frame).startswith("torch.") or frame.f_code.co_filename.startswith("<")):
+        if _name(frame).startswith("torch._dynamo."):
+            return True
         frame = frame.f_back
     return False
 
