@@ -12,13 +12,14 @@ import copy
 import gc
 import multiprocessing
 import os
-import pickle
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
+import numpy as np
 import torch
 import torch_pruning as tp
 from torch import nn
@@ -34,6 +35,7 @@ from obc.recovery import PruningPlan
 from obc.structures.traced_plan import prune_step
 
 TARGETS = (1.3, 1.5, 2.0)  # times fewer MACs
+Weights = dict[str, np.ndarray[Any, Any]]
 STEPS = 32  # each removes 1 / STEPS of the original channels
 
 
@@ -106,17 +108,17 @@ def run(
     data = digits(seed)
     with one_thread(), _in_processes(processes) as each:
         say(f"Training on {len(data.train)} digits: " + ", ".join(f"{r.name}, {r.epochs} epochs" for r in recipes))
-        # As bytes, because tensors would be passed on in shared memory, of which containers have little.
-        models = dict(zip(recipes, each(_trained, recipes, [data] * len(recipes), [seed] * len(recipes)), strict=True))
+        trained = each(_trained, recipes, repeat(seed))
+        models = {recipe: _network(recipe, weights) for recipe, weights in zip(recipes, trained, strict=True)}
         pairs = [(recipe, criterion) for recipe in recipes for criterion in criteria]
-        repeated = ([value] * len(pairs) for value in (data, targets, seed))
-        pruning = each(_pruned, [models[recipe] for recipe, _ in pairs], [c for _, c in pairs], *repeated)
+        weights = [_weights(models[recipe]) for recipe, _ in pairs]
+        pruning = each(_pruned, *zip(*pairs, strict=True), weights, repeat(targets), repeat(seed))
         pruned = {}
         for recipe, criterion in pairs:
             say(f"Pruning the {recipe.name} by {criterion.name}")
             pruned[recipe, criterion] = next(pruning)
     with one_thread():
-        return [_measured(recipe, pickle.loads(models[recipe]), criteria, pruned, data, say) for recipe in recipes]
+        return [_measured(recipe, models[recipe], criteria, pruned, data, say) for recipe in recipes]
 
 
 @contextlib.contextmanager
@@ -141,19 +143,31 @@ def _in_processes(number: int) -> Iterator[Callable[..., Iterator[Any]]]:
         yield executor.map
 
 
-def _trained(recipe: Recipe, data: Digits, seed: int) -> bytes:
-    """The trained network, pickled."""
+def _weights(network: nn.Module) -> Weights:
+    """The network's tensors as arrays: processes share tensors in memory of which containers have little."""
+    return {name: tensor.numpy() for name, tensor in network.state_dict().items()}
+
+
+def _network(recipe: Recipe, weights: Weights) -> nn.Module:
+    """The network with these tensors, in eval mode."""
+    network = recipe.build()
+    network.load_state_dict({name: torch.tensor(array, device="cpu") for name, array in weights.items()})
+    return network.eval()
+
+
+def _trained(recipe: Recipe, seed: int) -> Weights:
     seeded(seed)
-    return pickle.dumps(train(recipe.build(), data.train, epochs=recipe.epochs, seed=seed))
+    return _weights(train(recipe.build(), digits(seed).train, epochs=recipe.epochs, seed=seed))
 
 
 def _pruned(
-    network: bytes, criterion: Ranking, data: Digits, targets: Sequence[float], seed: int
+    recipe: Recipe, criterion: Ranking, weights: Weights, targets: Sequence[float], seed: int
 ) -> tuple[tuple[PrunedNetwork, ...], int]:
-    """What :func:`prune` finds for a pickled network, and the peak bytes of scoring it."""
+    """What :func:`prune` finds for the network with these weights, and the peak bytes of scoring it."""
+    model, scored, data = _network(recipe, weights), _network(recipe, weights), digits(seed)
     seeded(seed)
-    points = prune(pickle.loads(network), criterion, data, targets)
-    return points, peak_bytes(scoring(pickle.loads(network), criterion, data))
+    points = prune(model, criterion, data, targets)
+    return points, peak_bytes(scoring(scored, criterion, data))
 
 
 def _measured(

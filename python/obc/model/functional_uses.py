@@ -202,20 +202,32 @@ def other_use(function: str) -> str:
     return f"{function} also uses its weight, which is not read: call the layer instead"
 
 
-def calling_layers(function: Function) -> Function:
+def calling_layers(function: Function, first: int | None = None) -> Function:
     """``function(model, ...)`` in which functional uses of the model's layers are calls; None stays None.
 
     The result's attribute ``other_uses`` collects those of :class:`LayerCalls`.
+
+    Args:
+        first: if these first calls have none, later ones are left to a caller who watches the weights anyway.
     """
-    if function is None or getattr(function, "calls_layers", False):
+    if getattr(function, "calls_layers", False):
+        if first is None:
+            return function
+        function = function.__wrapped__  # type: ignore[union-attr]
+    if function is None:
         return function
 
     lasting: Lasting = []
+    calls, seen = 0, False
 
     @functools.wraps(function)
     def call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        nonlocal calls, seen
+        if calls == first and not seen:
+            return function(model, *args, **kwargs)
         with LayerCalls([model], lasting) as watch:
             result = function(model, *args, **kwargs)
+        calls, seen = calls + 1, seen or watch.seen
         call.other_uses.update(watch.others)  # type: ignore[attr-defined]
         return result
 

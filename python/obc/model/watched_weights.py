@@ -95,8 +95,8 @@ class WeightWatch:
             kind = type(weight)
             if kind is nn.Parameter:
                 _known[id(weight)] = [module]
-                weight.__class__ = _Weight
-            elif kind is _Weight:
+                weight.__class__ = WatchedWeight
+            elif kind is WatchedWeight:
                 _known[id(weight)].append(module)
         for reference, use in self._lasting:
             if type(one := reference()) is Tensor:
@@ -161,7 +161,7 @@ _made: list[weakref.ref[Tensor]] = []
 _torchs: dict[CodeType, bool] = {}
 
 
-class _Weight(nn.Parameter):
+class WatchedWeight(nn.Parameter):
     """The class of a parameter that is watched."""
 
     def __new__(cls, data: Any = None, requires_grad: bool = True) -> nn.Parameter:  # type: ignore[misc]
@@ -172,7 +172,7 @@ class _Weight(nn.Parameter):
         try:
             return copy.deepcopy(self, memo)
         finally:
-            self.__class__ = _Weight
+            self.__class__ = WatchedWeight
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -189,7 +189,7 @@ class _Made(Tensor):
         return _seen(func, types, args, kwargs or {})
 
 
-_OWN = frozenset((_Weight, _Made))
+_OWN = frozenset((WatchedWeight, _Made))
 
 
 def _seen(func: Any, types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -234,9 +234,9 @@ def _plainly(func: Any, types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if _OWN.issuperset(types):
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
-    classes = [(one, type(one)) for one in _tensors((args, kwargs)) if type(one) in (_Weight, _Made)]
+    classes = [(one, type(one)) for one in _tensors((args, kwargs)) if type(one) in (WatchedWeight, _Made)]
     for one, kind in classes:
-        one.__class__ = nn.Parameter if kind is _Weight else Tensor
+        one.__class__ = nn.Parameter if kind is WatchedWeight else Tensor
     try:
         return func(*args, **kwargs)
     finally:

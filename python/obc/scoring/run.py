@@ -28,6 +28,8 @@ from obc.scoring.scorer import JacobianScorer
 
 logger = logging.getLogger("obc")
 
+_FIRST_CALLS = 3
+
 # Options that may differ between a checkpoint and the run that resumes from it; modules are compared by name.
 _MAY_DIFFER = ("model", "modules", "process_group", "rows_to")
 
@@ -100,7 +102,9 @@ def score(
             raise ValueError("loss_fn is missing; pass one, or labels=False to score by the model's outputs alone")
         iterable_batches(batches)
         scorer = JacobianScorer(model, rows=rows, **options)
-        reader = BatchRows(scorer, calling_layers(loss_fn), micro_batch, loss_scale)
+        # Functional uses in later batch rows the scorer sees itself: it reads such layers by their weights' gradients.
+        loss_fn = calling_layers(loss_fn, first=_FIRST_CALLS if rows == "batch" else None)
+        reader = BatchRows(scorer, loss_fn, micro_batch, loss_scale)
         total = len(batches) if isinstance(batches, Sized) else None
         if isinstance(batches, UsableBatches):
             total = batches.count

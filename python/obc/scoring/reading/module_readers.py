@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ from obc.backends import native_gates
 from obc.model.hooks import hook_before_others
 from obc.model.rules import Rule
 from obc.model.sharding import is_dtensor
+from obc.model.watched_weights import WatchedWeight
 from obc.scoring.errors import ScoringError
 from obc.scoring.reading.chain_candidates import Candidates, Pending
 from obc.scoring.reading.chains import Chains
@@ -104,6 +106,7 @@ class ModuleReader:
         called: its forward ran with a gate.
         used: its gradient was seen in at least one row.
         activation_dtypes: of its input and output in the checking row.
+        watched: its weight and bias while uses of them beside its calls are watched.
         shared: its output is computed once for all samples, and the model fails if it is spread over them.
     """
 
@@ -117,6 +120,7 @@ class ModuleReader:
         self.used = False
         self.copy_input = self.copy_output = self.shared = False
         self.activation_dtypes: set[torch.dtype] = set()
+        self.watched: Sequence[Tensor] = ()
         self._watch_in, self._watch_out = _Watch(in_, keeps_received=False), _Watch(out, keeps_received=True)
         self._reading: RowReading
         self._native_in: Any = None  # the gate in C++, made in the first row after the checking row
@@ -170,6 +174,9 @@ class ModuleReader:
         if self.out.read or self.tokens is not None:
             register = self.module.register_forward_hook if last else partial(hook_before_others, self.module)
             self._handles.append(register(self._after, with_kwargs=True))
+        # Its own forward needs no watch, which would take longer than these hooks.
+        self._handles.append(self.module.register_forward_pre_hook(self._call))
+        self._handles.append(hook_before_others(self.module, self._return))
 
     def detach(self) -> None:
         """Remove the hooks."""
@@ -195,6 +202,16 @@ class ModuleReader:
             self.reason = "it changes its input in place"
         if self._watch_in.differentiated or self._watch_out.differentiated:
             self.reason = "its gradient is differentiated again, so the loss depends on its weight in a backward too"
+
+    def _call(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if not is_compiling():
+            for weight in self.watched:
+                weight.__class__ = nn.Parameter
+
+    def _return(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not is_compiling():
+            for weight in self.watched:
+                weight.__class__ = WatchedWeight
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._native_in is not None and self._reading.native is not None and not is_compiling():

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
-from obc.model.watched_weights import Use, WeightWatch, computes_its_weight
+from obc.model.watched_weights import Use, WatchedWeight, WeightWatch, computes_its_weight
 from obc.scoring.reading.module_readers import ModuleReader
 
 
@@ -28,6 +29,17 @@ class WeightUses(WeightWatch):
         pairs = [(module, parameter) for module, parameter in found if parameter is not None]
         super().__init__(pairs, [reader.module for reader in gated if computes_its_weight(reader.module)])
         self.functions: dict[ModuleReader, str] = {}
+
+    def __enter__(self) -> WeightUses:
+        super().__enter__()
+        for module, reader in self._readers.items():
+            reader.watched = [weight for weight in module._parameters.values() if type(weight) is WatchedWeight]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for reader in self._readers.values():
+            reader.watched = ()
+        super().__exit__(*error)
 
     def note(self, use: Use, product: bool, differentiable: bool) -> None:
         if differentiable:
