@@ -62,10 +62,14 @@ def test_no_gate_is_placed_on_the_other_side() -> None:
     case = models.residual_cnn()
     wanted = {name: ["in"] for name, m in case.model.named_modules() if isinstance(m, torch.nn.Conv2d)}
     scorer = obc.JacobianScorer(case.model, modules=wanted)
+
+    def after(name: str) -> set[str]:
+        return {hook.__name__ for hook in case.model.get_submodule(name)._forward_hooks.values()}
+
+    with obc.JacobianScorer(case.model, modules=list(wanted)):
+        assert all("_after" in after(name) for name in wanted)  # the hook with an output's gate
     with scorer:
-        for name in wanted:
-            module = case.model.get_submodule(name)
-            assert not module._forward_hooks
+        assert not any("_after" in after(name) for name in wanted)
         for batch in case.batches:
             with scorer.row():
                 case.loss(case.model, batch).backward()
