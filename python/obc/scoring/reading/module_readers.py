@@ -167,16 +167,18 @@ class ModuleReader:
         They stay until :meth:`detach`, even if ``how`` changes, because a compiled model does not notice removed hooks.
         """
         self._reading = reading
+        # Its own forward needs no watch, which would take longer than these hooks.
         if self.in_ is not None:
             self._handles.append(self.module.register_forward_pre_hook(self._before, with_kwargs=True))
+        else:
+            self._handles.append(self.module.register_forward_pre_hook(self._call))
         # A look-up in a table split over processes is only a part of the output until a hook adds the parts up.
         last = self.rule.looks_up and is_dtensor(self.weight)
         if self.out.read or self.tokens is not None:
             register = self.module.register_forward_hook if last else partial(hook_before_others, self.module)
             self._handles.append(register(self._after, with_kwargs=True))
-        # Its own forward needs no watch, which would take longer than these hooks.
-        self._handles.append(self.module.register_forward_pre_hook(self._call))
-        self._handles.append(hook_before_others(self.module, self._return))
+        else:
+            self._handles.append(hook_before_others(self.module, self._return))
 
     def detach(self) -> None:
         """Remove the hooks."""
@@ -203,17 +205,18 @@ class ModuleReader:
         if self._watch_in.differentiated or self._watch_out.differentiated:
             self.reason = "its gradient is differentiated again, so the loss depends on its weight in a backward too"
 
-    def _call(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _call(self, module: nn.Module, args: Any) -> None:
         if not is_compiling():
             for weight in self.watched:
                 weight.__class__ = nn.Parameter
 
-    def _return(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _return(self, module: nn.Module, args: Any, output: Any) -> None:
         if not is_compiling():
             for weight in self.watched:
                 weight.__class__ = WatchedWeight
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._call(module, args)
         if self._native_in is not None and self._reading.native is not None and not is_compiling():
             result = self._native_in.before(args, kwargs)
             if result is not NotImplemented:
@@ -236,6 +239,7 @@ class ModuleReader:
         return None
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        self._return(module, args, output)
         if self._native_out is not None and self._reading.native is not None and not is_compiling():
             result = self._native_out.after(output)
             if result is not NotImplemented:
