@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from parity import error
+from test_functional_uses import assert_scores
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
@@ -183,14 +183,6 @@ def explicit(model: nn.Module, batches: list[Any], rows: str) -> dict[str, tuple
                 before = total.get(name, (torch.zeros(()), torch.zeros(())))
                 total[name] = (before[0] + out.square(), before[1] + into.square())
     return total
-
-
-def assert_scores(scores: Any, truth: dict[str, tuple[Tensor, Tensor]]) -> None:
-    assert set(truth) == set(scores)
-    for name, (out, into) in truth.items():
-        assert error(scores[name].out_channels, out) <= 1e-4, (name, scores.coverage[name])
-        if scores[name].in_channels is not None:
-            assert error(scores[name].in_channels, into) <= 1e-4, (name, scores.coverage[name])
 
 
 # A use that depends on the batch's size has no rows of samples, unless gates read all samples at once.

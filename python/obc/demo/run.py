@@ -144,7 +144,7 @@ def _in_processes(number: int) -> Iterator[Callable[..., Iterator[Any]]]:
 
 
 def _weights(network: nn.Module) -> Weights:
-    """The network's tensors as arrays: processes share tensors in memory of which containers have little."""
+    """The network's tensors as arrays: torch passes tensors on in shared memory, which is small in containers."""
     return {name: tensor.numpy() for name, tensor in network.state_dict().items()}
 
 

@@ -25,7 +25,7 @@ Function = TypeVar("Function", bound=Callable[..., Any] | None)
 
 _CONVOLUTIONS = {F.conv1d: nn.Conv1d, F.conv2d: nn.Conv2d, F.conv3d: nn.Conv3d}
 _KINDS: dict[Any, type[nn.Module]] = {F.linear: nn.Linear, F.embedding: nn.Embedding, **_CONVOLUTIONS}
-_PRODUCTS = {torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__}
+_MATRIX_PRODUCTS = {torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__}
 
 
 class LayerCalls(WeightWatch):
@@ -101,7 +101,7 @@ class LayerCalls(WeightWatch):
         self, func: Any, args: Any, kwargs: Any, uses: Mapping[int, Use]
     ) -> tuple[nn.Module, Tensor, Tensor | None] | None:
         """(layer, its input, the bias) if the function computes what a call of the layer computes."""
-        if func in _PRODUCTS:
+        if func in _MATRIX_PRODUCTS:
             x, weight = args if len(args) == 2 else (None, None)
             bias, how, func = None, "transposed", F.linear
         elif func in _KINDS:

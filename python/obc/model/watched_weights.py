@@ -1,7 +1,7 @@
 """Weights whose uses are seen: for a while their class is one that torch asks before it runs a function on them.
 
-A call of the weight's own layer costs some microseconds more, everything else nothing: a ``TorchFunctionMode`` would
-see every function of the model. What a function made of a weight is followed until it meets an activation.
+Functions that get no watched weight run as always; a ``TorchFunctionMode`` would see every function of the model. What
+a function made of a weight is followed until it meets an activation.
 """
 
 from __future__ import annotations

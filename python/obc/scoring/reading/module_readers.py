@@ -167,7 +167,7 @@ class ModuleReader:
         They stay until :meth:`detach`, even if ``how`` changes, because a compiled model does not notice removed hooks.
         """
         self._reading = reading
-        # Its own forward needs no watch, which would take longer than these hooks.
+        # The watch of weights would also see the layer's own call, which takes longer than these hooks.
         if self.in_ is not None:
             self._handles.append(self.module.register_forward_pre_hook(self._before, with_kwargs=True))
         else:
