@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,12 +34,9 @@ def channel_rows(x: Tensor, layout: Rule, repeat: int) -> Tensor:
     return rows if repeat == 1 else rows.unflatten(1, (-1, repeat)).transpose(1, 2).flatten(0, 1)
 
 
-def outputs(model: nn.Module, batches: Iterable[Any], forward_fn: ForwardFn) -> list[list[Tensor]]:
-    """The floating tensors that ``forward_fn`` returns for each batch, without padding positions."""
-    return [
-        [_without_padding(batch, out) for out in tensors_in(forward_fn(model, batch)) if out.is_floating_point()]
-        for batch in batches
-    ]
+def outputs(model: nn.Module, batch: Any, forward_fn: ForwardFn) -> list[Tensor]:
+    """The floating tensors that ``forward_fn`` returns for a batch, without padding positions."""
+    return [_without_padding(batch, out) for out in tensors_in(forward_fn(model, batch)) if out.is_floating_point()]
 
 
 def _without_padding(batch: Any, output: Tensor) -> Tensor:
@@ -51,38 +48,27 @@ def _without_padding(batch: Any, output: Tensor) -> Tensor:
     return output[part.valid.to(output.device)]
 
 
-def output_error(
-    got: Iterable[Sequence[Tensor]], expected: Iterable[Sequence[Tensor]], processes: Processes = ALONE
-) -> float:
-    """Sum of squared differences over the sum of squares of ``expected``; infinite if anything is not finite."""
-    difference = energy = 0.0
-    for tensors, targets in zip(got, expected, strict=True):
-        more, also = _squares(tensors, targets)
-        difference, energy = difference + more, energy + also
-    return _relative(difference, energy, processes)
+def output_error(pairs: Iterable[tuple[Sequence[Tensor], Sequence[Tensor]]], processes: Processes = ALONE) -> float:
+    """Sum of squared differences over the sum of squares of what is wanted, of (tensors, wanted ones) of each batch.
 
-
-def streamed_error(
-    model: nn.Module,
-    expected: nn.Module,
-    batches: UsableBatches,
-    forward_fn: ForwardFn,
-    processes: Processes = ALONE,
-) -> float:
-    """:func:`output_error` of ``model`` against ``expected``; both run on one batch at a time and nothing is kept.
-
-    A batch is left out if the output of ``expected`` is not finite.
+    Infinite if anything is not finite.
     """
-    difference = energy = 0.0
+    sums = [_squares(got, wanted) for got, wanted in pairs]
+    difference, energy = processes.total(sum(one for one, _ in sums), sum(one for _, one in sums))
+    error = difference / energy if energy else difference
+    return error if error == error else float("inf")
+
+
+def side_by_side(
+    model: nn.Module, expected: nn.Module, batches: UsableBatches, forward_fn: ForwardFn
+) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Both models' outputs on each batch; one is left out if the output of ``expected`` is not finite."""
     for batch in batches:
-        (wanted,) = outputs(expected, [batch], forward_fn)
-        if not all_finite(wanted):
+        wanted = outputs(expected, batch, forward_fn)
+        if all_finite(wanted):
+            yield outputs(model, batch, forward_fn), wanted
+        else:
             batches.leave_out("the model's outputs on it are not finite")
-            continue
-        (got,) = outputs(model, [batch], forward_fn)
-        more, also = _squares(got, wanted)
-        difference, energy = difference + more, energy + also
-    return _relative(difference, energy, processes)
 
 
 def _squares(tensors: Sequence[Tensor], targets: Sequence[Tensor]) -> tuple[float, float]:
@@ -94,12 +80,6 @@ def _squares(tensors: Sequence[Tensor], targets: Sequence[Tensor]) -> tuple[floa
             difference += float((got.double() - wanted.double()).square().sum())
             energy += float(wanted.double().square().sum())
     return difference, energy
-
-
-def _relative(difference: float, energy: float, processes: Processes) -> float:
-    difference, energy = processes.total(difference, energy)
-    error = difference / energy if energy else difference
-    return error if error == error else float("inf")
 
 
 def batch_norms(model: nn.Module) -> list[_BatchNorm]:

@@ -45,7 +45,7 @@ from obc.model.names import is_within
 from obc.model.progress import LayerProgress
 from obc.model.usable_batches import UsableBatches, all_finite
 from obc.recovery.after_chain import called_after, from_end
-from obc.recovery.calibration import named_norms, norm_reference, recalibrate_from, streamed_error
+from obc.recovery.calibration import named_norms, norm_reference, output_error, recalibrate_from, side_by_side
 from obc.recovery.chain_parts import agreed_chain, say_many_passes
 from obc.recovery.compensation_options import CompensationOptions
 from obc.recovery.compensation_report import CompensationReport
@@ -108,7 +108,7 @@ class CorrectRun:
 
     def _error(self, forward: ForwardFn) -> float:
         processes = self.options.processes
-        error = streamed_error(self.pruned, self.original, self.held_out, forward, processes)
+        error = output_error(side_by_side(self.pruned, self.original, self.held_out, forward), processes)
         self.held_out.refuse_many(processes.total)
         return error
 

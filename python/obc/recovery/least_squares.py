@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from obc.model.progress import LayerProgress
 from obc.model.usable_batches import UsableBatches, all_finite
-from obc.recovery.calibration import norm_reference, output_error, outputs, recalibrate_from, streamed_error
+from obc.recovery.calibration import norm_reference, output_error, outputs, recalibrate_from, side_by_side
 from obc.recovery.chain_parts import ChainPart, parts
 from obc.recovery.compensation_options import CompensationOptions
 from obc.recovery.compensation_report import CompensationReport, LayerCompensation
@@ -299,7 +299,7 @@ class LeastSquaresRun:
         found: list[list[Tensor]] | None = []
         taken = 0
         for batch in self.held_out:
-            (tensors,) = outputs(self.original, [batch], self.options.forward)
+            tensors = outputs(self.original, batch, self.options.forward)
             if not all_finite(tensors):
                 self.held_out.leave_out("the model's outputs on it are not finite")
                 continue
@@ -308,11 +308,14 @@ class LeastSquaresRun:
         return found
 
     def _error(self) -> float:
-        forward, processes = self.options.forward, self.options.processes
+        forward = self.options.forward
+        pairs: Iterable[tuple[list[Tensor], list[Tensor]]]
         if self.expected is None:
-            return streamed_error(self.pruned, self.original, self.held_out, forward, processes)
-        got = (outputs(self.pruned, [batch], forward)[0] for batch in self.held_out)
-        return output_error(got, self.expected, processes)
+            pairs = side_by_side(self.pruned, self.original, self.held_out, forward)
+        else:
+            got = (outputs(self.pruned, batch, forward) for batch in self.held_out)
+            pairs = zip(got, self.expected, strict=True)
+        return output_error(pairs, self.options.processes)
 
 
 def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
