@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -57,6 +57,10 @@ class Kept:
     def in_columns(self) -> Tensor | None:
         """The kept columns: ``in_channels`` expanded by ``in_repeat``."""
         return None if self.in_channels is None else expand(self.in_channels, self.in_repeat)
+
+    def on(self, side: Literal["out", "in"]) -> Tensor | None:
+        """The kept rows of the weight, or its kept columns, as a group's slices number them; None if all are kept."""
+        return self.out_channels if side == "out" else self.in_columns
 
     def after(self, earlier: Kept | None) -> Kept:
         """This entry, of a layer that ``earlier`` had pruned before, in terms of the unpruned layer.

@@ -82,6 +82,11 @@ class PruningPlan(Mapping[str, Kept]):
         head = ["layer", "out channels kept", "in channels kept"]
         return fragment(table(head, rows, label="what every layer kept"))
 
+    def out_index(self, name: str, device: torch.device) -> Tensor | slice:
+        """Indexes the unpruned tensors of a layer, or norm, by the out channels that it kept; all without an entry."""
+        channels = self._kept[name].out_channels if name in self else None
+        return slice(None) if channels is None else channels.to(device)
+
     def verify(self, original_state_dict: Mapping[str, Tensor], pruned_model: nn.Module) -> None:
         """Check that slicing the original by this plan gives every tensor of the pruned model, value by value.
 

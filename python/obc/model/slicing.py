@@ -112,9 +112,7 @@ def _sliced_own(module: nn.Module, layout: Rule, weight: Tensor, original: Tenso
             "weight's shape, or one value per out channel, can be cut; keep any other in a module of its own"
         )
     for side, dim in sides.items():
-        out = side == "out"
-        indices, size = (kept.out_channels, kept.out_size) if out else (kept.in_columns, kept.in_size)
-        original = _take(original, dim, indices, size)
+        original = _take(original, dim, kept.on(side), kept.out_size if side == "out" else kept.in_size)
     return original
 
 

@@ -24,7 +24,8 @@ from obc import ops
 from obc.criteria.units import TINY, by_unit, weight_of
 from obc.model.arguments import one_of
 from obc.model.autocast import without_autocast
-from obc.model.groups import ChannelGroup
+from obc.model.groups import ChannelGroup, Side, Slice
+from obc.model.kept import Kept
 from obc.model.layouts import layer_of, layout_of
 from obc.model.names import named_modules
 from obc.model.plan import PruningPlan, refuse_non_plans
@@ -76,26 +77,26 @@ def fuse_units(
     refuse_non_plans(plan)
     report = FusionReport()
     originals, modules = dict(named_modules(original_model)), dict(named_modules(pruned_model))
-    factors: dict[tuple[str, str], Tensor] = {}
+    factors: dict[str, dict[Side, Tensor]] = {}  # layer -> C, and D transposed
     for group in groups:
         kept = _kept_units(group, plan)
         if kept is None or len(kept) == group.size:
             continue
-        if (reason := _unfusable(group, originals)) is not None:
+        layers = _layers_of(group, originals)
+        if (reason := _unfusable(group, layers, originals)) is not None:
             report.left[group.name] = reason
             continue
-        transported = transport(_vectors(group, originals), kept, p)
+        transported = transport(_vectors(layers), kept, p)
         means = transported / transported.sum(1, keepdim=True).clamp_min(TINY) if outputs == "mean" else transported
-        for part in group.slices:
-            module = originals.get(part.module)
-            if module is not None and layout_of(module) is not None:
-                matrix = means if part.side == "out" else transported
-                key = part.module, part.side
-                factors[key] = _filled(factors.get(key), key, plan, originals, matrix, part.channels, kept)
+        for part, module in layers:
+            own = factors.setdefault(part.module, {})
+            if part.side not in own:
+                own[part.side] = _selection(module, plan[part.module], part.side)
+            _fill(own[part.side], part.channels, kept, means if part.side == "out" else transported)
         report.fused[group.name] = (group.size, len(kept))
     with torch.no_grad():
-        for name in dict.fromkeys(module for module, _ in factors):
-            _fold(modules[name], originals[name], plan, name, factors.get((name, "out")), factors.get((name, "in")))
+        for name, own in factors.items():
+            _fold(modules[name], originals[name], plan[name], own)
     return report
 
 
@@ -128,70 +129,56 @@ def transport(vectors: Tensor, kept: Tensor, p: float = 1.0) -> Tensor:
 def _kept_units(group: ChannelGroup, plan: PruningPlan) -> Tensor | None:
     """The units that the plan keeps; None if it does not mention the group."""
     for part in group.slices:
-        entry = plan.get(part.module)
-        channels = None if entry is None else entry.out_channels if part.side == "out" else entry.in_columns
-        if channels is not None:
+        if part.module in plan and (channels := plan[part.module].on(part.side)) is not None:
             return torch.isin(part.channels, channels.cpu()).all(1).nonzero().flatten()
     return None
 
 
-def _unfusable(group: ChannelGroup, modules: dict[str, nn.Module]) -> str | None:
-    layers = [layout for part in group.slices if (m := modules.get(part.module)) and (layout := layout_of(m))]
-    sides = {part.side for part in group.slices if (m := modules.get(part.module)) and layout_of(m)}
+def _layers_of(group: ChannelGroup, modules: dict[str, nn.Module]) -> list[tuple[Slice, nn.Module]]:
+    """The group's slices of linear layers and convolutions."""
+    found = ((part, modules.get(part.module)) for part in group.slices)
+    return [(part, module) for part, module in found if module is not None and layout_of(module) is not None]
+
+
+def _unfusable(
+    group: ChannelGroup, layers: Sequence[tuple[Slice, nn.Module]], modules: dict[str, nn.Module]
+) -> str | None:
     if any(is_recurrent(modules.get(part.module)) for part in group.slices):
         return "a recurrent layer holds its units, and fusion does not change its weights"
-    if sides != {"out", "in"}:
+    if {part.side for part, _ in layers} != {"out", "in"}:
         return "no linear layer or convolution both writes and reads its units"
-    return "a grouped convolution would mix its groups" if any(layout.groups > 1 for layout in layers) else None
+    grouped = any(layer_of(module)[0].groups > 1 for _, module in layers)
+    return "a grouped convolution would mix its groups" if grouped else None
 
 
-def _vectors(group: ChannelGroup, modules: dict[str, nn.Module]) -> Tensor:
+def _vectors(layers: Sequence[tuple[Slice, nn.Module]]) -> Tensor:
     """(units, entries) weights of every unit in all layers."""
-    parts = []
-    for part in group.slices:
-        weight = weight_of(module := modules.get(part.module))
-        if module is not None and weight is not None and layout_of(module) is not None:
-            parts.append(by_unit(module, weight, part).double().cpu())
-    return torch.cat(parts, 1)
+    weights = [(part, module, weight_of(module)) for part, module in layers]
+    parts = [by_unit(module, weight, part) for part, module, weight in weights if weight is not None]
+    return torch.cat([part.double().cpu() for part in parts], 1)
 
 
-def _filled(
-    factor: Tensor | None,
-    key: tuple[str, str],
-    plan: PruningPlan,
-    modules: dict[str, nn.Module],
-    matrix: Tensor,
-    channels: Tensor,
-    kept: Tensor,
-) -> Tensor:
-    """(kept channels, channels): the plan's selection, with ``matrix`` in place of this group's units."""
-    name, side = key
-    entry, module = plan[name], modules[name]
-    stays = entry.out_channels if side == "out" else entry.in_columns
-    layout, weight = layer_of(module)
-    size = layout.sizes(weight)[side == "in"]
-    stays = torch.arange(size, device="cpu") if stays is None else stays.cpu()
-    if factor is None:
-        factor = torch.eye(size, dtype=torch.float64, device="cpu")[stays]
-    places = torch.full((size,), -1, device="cpu")
-    places[stays] = torch.arange(len(stays), device="cpu")
+def _selection(original: nn.Module, kept: Kept, side: Side) -> Tensor:
+    """(kept channels, channels): the rows of the identity that the plan selects on one side of a layer."""
+    layout, weight = layer_of(original)
+    identity = torch.eye(layout.sizes(weight)[side == "in"], dtype=torch.float64, device="cpu")
+    stays = kept.on(side)
+    return identity if stays is None else identity[stays.cpu()]
+
+
+def _fill(factor: Tensor, channels: Tensor, kept: Tensor, matrix: Tensor) -> None:
+    """Put ``matrix`` in place of the units of one group in a selection."""
     for own in range(channels.shape[1]):  # a head's channels are fused one by one with those of other heads
-        factor[places[channels[kept, own]][:, None], channels[:, own]] = matrix
-    return factor
+        rows = factor[:, channels[kept, own]].argmax(0)
+        factor[rows[:, None], channels[:, own]] = matrix
 
 
-def _fold(
-    pruned: nn.Module, original: nn.Module, plan: PruningPlan, name: str, rows: Tensor | None, columns: Tensor | None
-) -> None:
+def _fold(pruned: nn.Module, original: nn.Module, kept: Kept, fused: dict[Side, Tensor]) -> None:
     """weight = C W D, bias = C b, with the plan's selection on a side where nothing is fused."""
     layout, weight = layer_of(original)
-    out_size, in_size = layout.sizes(weight)
-    selections = []
-    for factor, stays, size in ((rows, plan[name].out_channels, out_size), (columns, plan[name].in_columns, in_size)):
-        if factor is None and stays is not None:
-            factor = torch.eye(size, dtype=torch.float64, device="cpu")[stays.cpu()]
-        selections.append(None if factor is None else factor.to(weight))
-    out_factor, in_factor = selections
+    missing = [side for side in get_args(Side) if side not in fused and kept.on(side) is not None]
+    fused |= {side: _selection(original, kept, side) for side in missing}
+    out_factor, in_factor = (fused[side].to(weight) if side in fused else None for side in get_args(Side))
     first, second = (in_factor, out_factor) if layout.transposed else (out_factor, in_factor)
     pruned.weight.copy_(ops.fold(weight, first, None if second is None else second.mT))  # type: ignore[operator]
     bias = original._parameters.get("bias")

@@ -93,20 +93,20 @@ class Target:
         average: M_full and V_full over all batches.
         by_batch: number of a batch -> M_full and V_full there, for each call.
         own: the unpruned norm's mean and var + eps.
-        kept: the channels of these that the pruned norm has; None means all.
+        kept: indexes the channels of these that the pruned norm has.
     """
 
     average: Moments
     by_batch: Mapping[int, Sequence[Moments]]
     own: Moments
-    kept: Tensor | None
+    kept: Tensor | slice
 
     def put(self, norm: _BatchNorm, mean: Tensor, variance: Tensor, full: Moments | None = None) -> None:
         """Give ``norm`` the statistics that follow from M, V and, by default, the average M_full and V_full."""
         assert norm.running_mean is not None
         assert norm.running_var is not None
         full_mean, full_variance, own_mean, own_variance = (
-            tensor if self.kept is None else tensor[self.kept] for tensor in (*(full or self.average), *self.own)
+            tensor[self.kept] for tensor in (*(full or self.average), *self.own)
         )
         delta = _DELTA * own_variance
         ratio = (variance + delta) / (full_variance + delta)
@@ -170,11 +170,8 @@ class NormReference:
                     sums.add(*moments)
             sums.gather(processes)
             if (average := sums.average()) is not None:
-                kept = plan.get(full_name)
-                channels = (
-                    None if kept is None or kept.out_channels is None else kept.out_channels.to(average[0].device)
-                )
-                found[norm] = Target(average, by_batch, self._own[full_name], channels)
+                kept = plan.out_index(full_name, average[0].device)
+                found[norm] = Target(average, by_batch, self._own[full_name], kept)
         return found
 
 
@@ -185,10 +182,7 @@ def take_statistics(pruned: nn.Module, original: nn.Module, plan: PruningPlan) -
         if not isinstance(norm, _BatchNorm) or norm.running_mean is None or norm.running_var is None:
             continue
         own: Any = original.get_submodule(unpruned_name)
-        kept = plan.get(unpruned_name)
-        index = (
-            slice(None) if kept is None or kept.out_channels is None else kept.out_channels.to(norm.running_mean.device)
-        )
+        index = plan.out_index(unpruned_name, norm.running_mean.device)
         norm.running_mean.copy_(own.running_mean[index])
         norm.running_var.copy_(own.running_var[index])
 
