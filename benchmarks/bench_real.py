@@ -42,7 +42,7 @@ from obc.integrations.transformers import TransformersStructure
 from obc.model.evaluation import evaluating
 from obc.recovery.consumers import find_consumers
 from obc.recovery.mean_bias import absorb_means
-from obc.recovery.moments import Fit, Solution
+from obc.recovery.moments import Solution
 from obc.scoring.label_free import Metric, label_free_loss
 from obc.selection.search import Search
 
@@ -269,7 +269,7 @@ def reconstruct(task: Task, model: nn.Module, plan: obc.PruningPlan, how: str) -
         cross.scatter_(1, sums.regressed[..., None].expand_as(sums.cross), sums.cross / sums.rows)
         ridge = _GRAIL_RIDGE * gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(gram.shape[2])
         mapped = torch.linalg.solve(gram + ridge, cross, left=False)
-        consumer.apply(Solution(mapped[0] if len(mapped) == 1 else mapped, None, Fit(0.0, 0.0, _GRAIL_RIDGE)))
+        consumer.apply(Solution(mapped[0] if len(mapped) == 1 else mapped, None, 0.0, 0.0, _GRAIL_RIDGE))
 
 
 def inputs(

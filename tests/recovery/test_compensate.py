@@ -56,10 +56,10 @@ def test_moments_solve_the_least_squares_problem() -> None:
             assert (solution.intercept - expected[:, 3]).abs().max() < 1e-10
         residual = x - design @ expected.T
         energy = x.square().sum()
-        assert solution.fit.error_after == pytest.approx(float(residual.square().sum() / energy))
+        assert solution.error_after == pytest.approx(float(residual.square().sum() / energy))
         naive = x.clone()
         naive[:, kept] -= regressor
-        assert solution.fit.error_before == pytest.approx(float(naive.square().sum() / energy))
+        assert solution.error_before == pytest.approx(float(naive.square().sum() / energy))
 
 
 def test_kept_channels_stay_the_identity_and_a_large_ridge_stays_naive() -> None:
@@ -87,7 +87,7 @@ def test_weighed_rows_count_as_often_as_their_weight_says(paired: bool) -> None:
     solutions = [moments.solve(1e-2, True) for moments in (weighed, repeated)]
     assert_close(solutions[0].decompressor, solutions[1].decompressor)
     assert_close(solutions[0].intercept, solutions[1].intercept)
-    assert solutions[0].fit.error_after == pytest.approx(solutions[1].fit.error_after)
+    assert solutions[0].error_after == pytest.approx(solutions[1].error_after)
     regressor = z if paired else x[:, kept[0]]
     residual = x - regressor @ solutions[0].decompressor.T - solutions[0].intercept
     naive = x.clone()
@@ -133,8 +133,8 @@ def test_a_singular_gram_matrix_takes_a_larger_ridge_and_reports_it() -> None:
     rows = torch.randn(50, 1, dtype=torch.float64)
     moments.add_inputs(rows * torch.tensor([[1.0, 1.0, 2.0]], dtype=torch.float64))
     solution = moments.solve(1e-17, False)
-    assert solution.fit.ridge > 1e-17
-    assert solution.fit.error_after < 1e-6
+    assert solution.ridge > 1e-17
+    assert solution.error_after < 1e-6
 
 
 def test_constant_channels_stay_naive() -> None:

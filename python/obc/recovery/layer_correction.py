@@ -165,9 +165,8 @@ class LayerCorrections:
         moments.gather(self.options.processes)
         solution = moments.solve(min(self.options.ridges), intercept=False)
         layer.consumer.apply(solution)
-        fit = solution.fit
         self.report.layers[layer.name] = LayerCorrection(
-            False, fit.error_before, fit.error_after, True, moments.rows, fit.ridge
+            False, solution.error_before, solution.error_after, True, moments.rows, solution.ridge
         )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -25,7 +25,7 @@ from obc.recovery.compensation_options import CompensationOptions
 from obc.recovery.compensation_report import CompensationReport, LayerCompensation
 from obc.recovery.consumers import PrunedConsumer, in_execution_order
 from obc.recovery.layer_rows import output_rows, stream_weights, valid_rows
-from obc.recovery.moments import Fit, RegressionMoments
+from obc.recovery.moments import RegressionMoments
 from obc.recovery.norm_reference import Target
 from obc.recovery.normal_equations import SingularError
 from obc.recovery.stream_points import Call, observe, of_same_tokens
@@ -35,15 +35,10 @@ _Moments = dict[str, RegressionMoments]  # by layer
 
 @dataclass(frozen=True, eq=False)
 class _Compensated:
-    """A consumer's parameters after least squares, with the figures to report.
-
-    ``held_out``: E |x - D z - intercept|^2 on the held-out batches, relative to the naive one.
-    """
+    """A consumer's parameters after least squares, and what to report if they are kept."""
 
     parameters: list[Tensor]
-    fit: Fit
-    rows: int
-    held_out: float
+    result: LayerCompensation
     decompressor: Tensor | None
 
 
@@ -141,12 +136,10 @@ class LeastSquaresRun:
             self._leave_naive()
         for name in any_one.layers:
             applied = best.layers.get(name)
-            shown = applied or any_one.layers[name]
-            fit = shown.fit
-            report.layers[name] = LayerCompensation(
-                fit.error_before, fit.error_after, shown.held_out, applied is not None, shown.rows, fit.ridge
-            )
-            if applied is not None and applied.decompressor is not None:
+            report.layers[name] = (applied or any_one.layers[name]).result
+            if applied is None:
+                report.layers[name] = replace(report.layers[name], applied=False)
+            elif applied.decompressor is not None:
                 report.decompressors[name] = applied.decompressor
 
     def _at_once(self) -> list[_Candidate]:
@@ -163,11 +156,11 @@ class LeastSquaresRun:
         self.report.leave_unreached(unreached, self.consumers)
         candidates = [_Candidate(f"ridge {ridge:g}", layers, ridge) for ridge, layers in found.items()]
         own = {
-            name: min((layers[name] for layers in found.values()), key=lambda layer: layer.held_out)
+            name: min((layers[name] for layers in found.values()), key=lambda layer: layer.result.held_out)
             for name in self.consumers
             if name not in unreached
         }
-        helping = {name: layer for name, layer in own.items() if layer.held_out < 1.0}
+        helping = {name: layer for name, layer in own.items() if layer.result.held_out < 1.0}
         if any(helping == candidate.layers for candidate in candidates):
             return candidates
         return [*candidates, _Candidate("own ridges", helping)]
@@ -181,7 +174,7 @@ class LeastSquaresRun:
                 self._recalibrate()
                 fit, check = self._moments([name], part, paired=True)
                 layer = self._solve(name, fit[name], check[name], ridge)
-                if layer.held_out < 1.0:
+                if layer.result.held_out < 1.0:
                     found[name] = layer
                 else:
                     self._put(name, self.naive[name])
@@ -258,8 +251,9 @@ class LeastSquaresRun:
         self._put(name, self.naive[name])
         consumer.apply(solution)
         decompressor = solution.decompressor.to(consumer.weight) if self.options.keep_decompressors else None
-        held_out = check.relative_error(solution)
-        return _Compensated(_copies(consumer.parameters()), solution.fit, moments.rows, held_out, decompressor)
+        before, after, held_out = solution.error_before, solution.error_after, check.relative_error(solution)
+        result = LayerCompensation(before, after, held_out, applied=True, rows=moments.rows, ridge=solution.ridge)
+        return _Compensated(_copies(consumer.parameters()), result, decompressor)
 
     def share(self) -> None:
         """Give all processes the first one's result: the last bits of a solution may differ between machines."""

@@ -21,33 +21,22 @@ from obc.recovery.normal_equations import NormalEquations, WeightChange
 
 
 @dataclass(frozen=True)
-class Fit:
-    """How well a decompressor reconstructs the consumer's input.
+class Solution:
+    """A decompressor, and how well it reconstructs the consumer's input.
 
     Attributes:
+        decompressor: D, (in, kept in), or its diagonal blocks for a grouped convolution; float64.
+        intercept: (in,), the part of the mean that D does not explain; None if the regression goes through zero.
         error_before: E |x - S z|^2 / E |x|^2, the naive model's.
         error_after: E |x - D z - intercept|^2 / E |x|^2.
         ridge: the relative ridge that was used.
     """
 
+    decompressor: Tensor
+    intercept: Tensor | None
     error_before: float
     error_after: float
     ridge: float
-
-
-@dataclass(frozen=True)
-class Solution:
-    """A decompressor.
-
-    Attributes:
-        decompressor: D, (in, kept in), or its diagonal blocks for a grouped convolution; float64.
-        intercept: (in,), the part of the mean that D does not explain; None if the regression goes through zero.
-        fit: how well they reconstruct.
-    """
-
-    decompressor: Tensor
-    intercept: Tensor | None
-    fit: Fit
 
 
 class RegressionMoments(NormalEquations):
@@ -93,9 +82,9 @@ class RegressionMoments(NormalEquations):
         if change.bias is not None:
             constant = change.bias.new_zeros(len(self.kept), self.size).scatter_(1, self.regressed, change.bias)
         naive, scale = float(self.energy.sum()), self._input_energy() or 1.0
-        fit = Fit(naive / scale, float(self.error(change).sum()) / scale, change.ridge)
+        after = float(self.error(change).sum()) / scale
         factor = decompressor[0] if len(decompressor) == 1 else decompressor
-        return Solution(factor, None if constant is None else constant.flatten(), fit)
+        return Solution(factor, None if constant is None else constant.flatten(), naive / scale, after, change.ridge)
 
     def relative_error(self, solution: Solution) -> float:
         """sum |x - D z - intercept|^2 over these rows, relative to the naive sum |x - S z|^2; 1 if that is 0."""
@@ -103,7 +92,7 @@ class RegressionMoments(NormalEquations):
         bias = solution.intercept
         if bias is not None:
             bias = bias.reshape(len(self.kept), self.size).gather(1, self.regressed)
-        change = WeightChange(weight.gather(1, self._rows_like(weight)), bias, solution.fit.ridge)
+        change = WeightChange(weight.gather(1, self._rows_like(weight)), bias, solution.ridge)
         naive = float(self.energy.sum())
         return float(self.error(change).sum()) / naive if naive > 0 else 1.0
 
