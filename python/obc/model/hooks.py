@@ -1,4 +1,4 @@
-"""Hooks that stay for a block of code, and hooks that come first."""
+"""Hooks that stay for a block of code, hooks that come first, and the end of a run that has shown enough."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from typing import Any
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
+
+
+class Reached(BaseException):
+    """Stops a forward pass once it has shown enough. Not an Exception, so that error handlers don't catch it."""
 
 
 @contextlib.contextmanager

@@ -20,9 +20,8 @@ from torch.utils import _pytree as pytree
 
 from obc.model.autocast import PresentAutocast
 from obc.model.evaluation import stream_of
-from obc.model.hooks import hooked
+from obc.model.hooks import Reached, hooked
 from obc.model.names import is_within
-from obc.recovery.stream_points import Reached
 
 
 @dataclass

@@ -20,14 +20,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from obc.model.absorbing import IDENTITIES
-from obc.model.hooks import hook_before_others
+from obc.model.hooks import Reached, hook_before_others
 
 _ADDITIONS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
 _MULTIPLICATIONS = {"mul", "mul_", "__mul__", "__rmul__", "__imul__", "multiply"}
-
-
-class Reached(BaseException):
-    """Stops a forward pass once it has shown enough. Not an Exception, so that error handlers don't catch it."""
 
 
 @dataclass(frozen=True, eq=False)

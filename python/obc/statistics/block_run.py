@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from obc.files import os_errors
 from obc.model.evaluation import first_floating, stream_of
 from obc.model.functional_uses import calling_layers
-from obc.model.hooks import hooked
+from obc.model.hooks import Reached, hooked
 from obc.statistics.block_weights import WeightsOnDevice
 from obc.statistics.by_block import ByBlock
 from obc.statistics.errors import StatisticsError
@@ -31,25 +31,8 @@ _AGREEMENT_OF_HALF = 5e-2
 Parts = Sequence[Sequence[Any]]  # for every batch its parts
 
 
-class _ArrivedError(BaseException):
-    """Stops a forward pass at a block. Not an Exception, so that error handlers don't catch it.
-
-    Attributes:
-        call_args: positional arguments of the block's call.
-        call_kwargs: keyword arguments.
-    """
-
-    def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        super().__init__()
-        self.call_args, self.call_kwargs = args, dict(kwargs)
-
-
 class _RefusedError(BaseException):
-    """Carries an error through the model's callers, which may turn errors into others."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-        self.error = StatisticsError(message)
+    """Carries the message of an error through the model's callers, which may turn errors into others."""
 
 
 class _StandIn(nn.Module):
@@ -67,21 +50,6 @@ class _StandIn(nn.Module):
         return getattr(self.__dict__["block"], name)
 
 
-class _Seen:
-    """Observations of the whole model on the first part of the first batch.
-
-    Attributes:
-        chain: the blocks in the order in which they ran.
-        outputs: block -> the hidden states that it returned, on the host.
-        lengths: block -> the length of the tuple that contained them, or None if they were returned alone.
-    """
-
-    def __init__(self) -> None:
-        self.chain: list[str] = []
-        self.outputs: dict[str, Tensor] = {}
-        self.lengths: dict[str, int | None] = {}
-
-
 def _run(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return block(*args, **kwargs)
 
@@ -92,6 +60,11 @@ class BlockRun:
     Args:
         model: the model in eval mode, with the readers' hooks attached.
         call: ``call(model, part)`` runs the model.
+
+    Attributes:
+        chain: the blocks in the order in which they ran on the first part of the first batch.
+        outputs: block -> the hidden states that it returned there, on the host.
+        lengths: block -> the length of the tuple that contained them, or None if they were returned alone.
     """
 
     def __init__(
@@ -100,7 +73,10 @@ class BlockRun:
         self.model, self.options, self.readers, self.call = model, options, readers, call
         self.device, self.blocks = options.runs_on(model), options.names(model)
         self.weights = WeightsOnDevice(model, self.blocks, self.device, options.weights)
-        self.seen, self.span = _Seen(), 1
+        self.chain: list[str] = []
+        self.outputs: dict[str, Tensor] = {}
+        self.lengths: dict[str, int | None] = {}
+        self.span = 1
 
     def over(self, batches: Parts, done: int, after: Callable[[int, int], None]) -> int:
         """Read every block on every batch; returns the most bytes of hidden states stored at once.
@@ -112,7 +88,7 @@ class BlockRun:
         """
         with torch.inference_mode(), HiddenStates(self.options.states) as states, self.weights.on_device():
             self._watch(batches[0][0])
-            chain = self.seen.chain
+            chain = self.chain
             self.span = self._span()
             for place, name in enumerate(chain):
                 run = calling_layers(_run)
@@ -137,15 +113,15 @@ class BlockRun:
         resident = contextlib.ExitStack()
 
         def before(name: str, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
-            if name in self.seen.chain:
+            if name in self.chain:
                 raise _RefusedError(f"{name!r} runs more than once: leave it out of ByBlock(blocks=...)")
             stream = first_floating(args, kwargs)
             if last and (stream is None or not _equal(stream, last[0])):
                 raise _RefusedError(
-                    f"the model changes what {self.seen.chain[-1]!r} returns before it reaches {name!r}: name "
+                    f"the model changes what {self.chain[-1]!r} returns before it reaches {name!r}: name "
                     "blocks that follow each other, ByBlock(blocks=[...]), or collect without by_block"
                 )
-            self.seen.chain.append(name)
+            self.chain.append(name)
             resident.enter_context(self.weights.on_device(name))
 
         def after(name: str, module: nn.Module, args: Any, output: Any) -> None:
@@ -154,8 +130,8 @@ class BlockRun:
             if stream is None:
                 raise _RefusedError(f"the block {name!r} returns {type(output).__name__} instead of a tensor")
             last[:] = [stream]
-            self.seen.lengths[name] = len(output) if isinstance(output, (tuple, list)) else None
-            self.seen.outputs[name] = stream.detach().to("cpu", copy=True)
+            self.lengths[name] = len(output) if isinstance(output, (tuple, list)) else None
+            self.outputs[name] = stream.detach().to("cpu", copy=True)
 
         handles: list[Any] = []
         for name, block in ((name, self.model.get_submodule(name)) for name in self.blocks):
@@ -165,15 +141,15 @@ class BlockRun:
             try:
                 self.call(self.model, part)
             except _RefusedError as refused:
-                raise refused.error from None
-        if not self.seen.chain:
+                raise StatisticsError(*refused.args) from None
+        if not self.chain:
             raise StatisticsError(
                 f"the first batch reaches none of the blocks {self.blocks[0]!r} to {self.blocks[-1]!r}"
             )
 
     def _span(self) -> int:
         """The number of places for which hidden states are needed."""
-        chain, longest = self.seen.chain, 1
+        chain, longest = self.chain, 1
         for reader in self.readers.values():
             for place, name in enumerate(chain):
                 first = reader.window(name)
@@ -197,7 +173,7 @@ class BlockRun:
         states: HiddenStates,
         reading: bool,
     ) -> None:
-        name = self.seen.chain[place]
+        name = self.chain[place]
         self.readers.begin()
         for index, part in enumerate(parts):
             args, kwargs = self._arrival(place, part)
@@ -219,7 +195,7 @@ class BlockRun:
 
     def _read_rest(self, batch: int, parts: Sequence[Any], states: HiddenStates, reading: bool) -> None:
         """Read the layers outside the blocks: the model runs with a stand-in for every block."""
-        last = len(self.seen.chain) - 1
+        last = len(self.chain) - 1
         self.readers.begin()
         for index, part in enumerate(parts):
 
@@ -233,22 +209,22 @@ class BlockRun:
     def _arrival(self, place: int, part: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The block's arguments; the hidden states among them are those before the first block."""
 
-        def stop(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-            raise _ArrivedError(args, kwargs)
+        def stop(*arrived: Any) -> Any:
+            raise Reached(*arrived)
 
         with self._stand_ins(place - 1, lambda stream: stream), self._replaced(place, stop):
             try:
                 self.call(self.model, part)
-            except _ArrivedError as arrived:
-                return arrived.call_args, arrived.call_kwargs
-        raise StatisticsError(f"a batch does not reach {self.seen.chain[place]!r}, which the first batch reached")
+            except Reached as reached:
+                return reached.args  # type: ignore[return-value]
+        raise StatisticsError(f"a batch does not reach {self.chain[place]!r}, which the first batch reached")
 
     @contextlib.contextmanager
     def _stand_ins(self, last: int, result: Callable[[Tensor | None], Tensor | None]) -> Iterator[None]:
         """Inside, the first blocks return their inputs, and the one at ``last`` returns ``result`` of its input."""
         with contextlib.ExitStack() as stack:
             for place in range(last + 1):
-                length = self.seen.lengths[self.seen.chain[place]]
+                length = self.lengths[self.chain[place]]
 
                 def answer(
                     args: tuple[Any, ...], kwargs: Mapping[str, Any], place: int = place, length: int | None = length
@@ -262,7 +238,7 @@ class BlockRun:
 
     @contextlib.contextmanager
     def _replaced(self, place: int, answer: Callable[..., Any]) -> Iterator[None]:
-        parent, _, child = self.seen.chain[place].rpartition(".")
+        parent, _, child = self.chain[place].rpartition(".")
         holder = self.model.get_submodule(parent)._modules
         block = holder[child]
         assert block is not None
@@ -277,12 +253,12 @@ class BlockRun:
         for reader in self.readers.values():
             first = reader.window(name)
             if first is not None and first != name:
-                place = self.seen.chain.index(first) - 1
+                place = self.chain.index(first) - 1
                 reader.take_window(first, states.get((place, batch, index), self.device))
 
     def _compare(self, name: str, output: Tensor) -> None:
         """Raise unless the block alone returns what it returned inside the model."""
-        seen = self.seen.outputs.pop(name).to(output.device)
+        seen = self.outputs.pop(name).to(output.device)
         allowed = _AGREEMENT.get(output.dtype, _AGREEMENT_OF_HALF)
         if output.shape == seen.shape:
             distance, norm = (output.double() - seen.double()).norm(), seen.double().norm()
