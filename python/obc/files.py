@@ -216,8 +216,10 @@ def built(value: Any, kind: Any) -> Any:
         return [built(item, parts[0]) for item in value]
     if origin in (dict, Mapping) and type(value) is dict:
         return {int(name) if parts[0] is int else name: built(item, parts[1]) for name, item in value.items()}
-    if origin is tuple and type(value) is list and len(value) == len(parts):
-        return tuple(built(item, part) for item, part in zip(value, parts, strict=True))
+    if origin is tuple and type(value) is list:
+        parts = parts[:1] * len(value) if parts[1:] == (...,) else parts
+        if len(value) == len(parts):
+            return tuple(built(item, part) for item, part in zip(value, parts, strict=True))
     if origin is Literal:
         known = isinstance(value, str) and value in parts
     elif kind is float:

@@ -16,7 +16,9 @@ from transformers_families import FAMILIES, output
 
 import obc
 from obc import Kept, PlanError, PruningPlan
+from obc.files import built
 from obc.integrations.transformers import TransformersStructure, load_pruned, save_pruned
+from obc.model.depth import Depth
 from obc.structures.traced import TorchPruningStructure
 
 
@@ -213,10 +215,7 @@ def test_plans_are_put_together_only_if_they_follow_each_other() -> None:
 
 def test_depths_are_put_together_only_if_they_follow_each_other() -> None:
     two, three = ({"layers": {"size": size, "removed": [1], "outputs": 0}} for size in (2, 3))
-    first, good, bad = (
-        PruningPlan(depth=obc.model.depth.Depth.parse({"lists": lists, "stand_ins": {}, "config": {}}))
-        for lists in (three, two, three)
-    )
+    first, good, bad = (PruningPlan(depth=built({"lists": lists}, Depth)) for lists in (three, two, three))
     assert good.after(first).depth.lists["layers"].removed == (1, 2)
     with pytest.raises(PlanError, match=r"^layers: this plan was made for 3 blocks, but the earlier plan leaves 2"):
         bad.after(first)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -123,11 +123,19 @@ class Depth:
         stand_ins: name of a removed branch -> its stand-in.
         config: dotted name of a config value -> (the list that it counts, the unpruned value): a number of blocks, or
             a list with one entry per block.
+
+    Raises:
+        ValueError: a list has no block with the number of a removed one.
     """
 
     lists: Mapping[str, BlockList] = field(default_factory=dict)
     stand_ins: Mapping[str, StandIn] = field(default_factory=dict)
     config: Mapping[str, tuple[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, one in self.lists.items():
+            if not all(0 <= place < one.size for place in one.removed):
+                raise ValueError(f"{name!r} has {one.size} blocks, of which {list(one.removed)} were removed")
 
     def __bool__(self) -> bool:
         return bool(self.stand_ins) or any(one.removed for one in self.lists.values())
@@ -173,35 +181,6 @@ class Depth:
         both = Depth(lists, {}, {**self.config, **earlier.config})
         stand_ins = {**earlier.stand_ins, **named}
         return Depth(lists, {name: one for name, one in stand_ins.items() if not both.without(name)}, both.config)
-
-    def plain(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return {
-            "lists": {name: asdict(one) for name, one in self.lists.items()},
-            "stand_ins": {name: asdict(one) for name, one in self.stand_ins.items()},
-            "config": {key: list(value) for key, value in self.config.items()},
-        }
-
-    @classmethod
-    def parse(cls, content: Any) -> Depth:
-        """Parse what :meth:`plain` returned.
-
-        Raises:
-            ValueError: ``content`` is damaged.
-        """
-        try:
-            lists = {
-                name: BlockList(int(one["size"]), tuple(int(place) for place in one["removed"]), int(one["outputs"]))
-                for name, one in content["lists"].items()
-            }
-            stand_ins = {name: StandIn(**one) for name, one in content["stand_ins"].items()}
-            config = {key: (value[0], value[1]) for key, value in content["config"].items()}
-        except (KeyError, TypeError, AttributeError, IndexError) as error:
-            raise ValueError(f"its depth is damaged: {error!r}") from error
-        for name, one in lists.items():
-            if not all(0 <= place < one.size for place in one.removed):
-                raise ValueError(f"{name!r} has {one.size} blocks, of which {list(one.removed)} were removed")
-        return cls(lists, stand_ins, config)
 
 
 # --- the model ------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from obc.files import atomic_write, parse_json, refuse_non_paths
+from obc.files import atomic_write, built, read_fields
 from obc.model.arguments import instance
 from obc.model.cutting import cut
 from obc.model.depth import (
@@ -34,7 +34,7 @@ from obc.model.usable import refuse_non_modules, refuse_without_values
 from obc.page.document import fragment
 from obc.page.markup import table
 
-_FORMAT = {"format": "obc.PruningPlan", "version": 1}
+_FORMAT, _VERSION = "obc.PruningPlan", 1
 
 # Channels, columns and blocks must lie below this; a damaged file may say otherwise.
 _LARGEST = 2**31
@@ -262,8 +262,8 @@ class PruningPlan(Mapping[str, Kept]):
             }
             for name, kept in self.items()
         }
-        depth = {"depth": self.depth.plain()} if self.depth.lists or self.depth.stand_ins else {}
-        content = json.dumps(_FORMAT | {"layers": layers} | depth).encode()
+        depth = {"depth": dataclasses.asdict(self.depth)} if self.depth.lists or self.depth.stand_ins else {}
+        content = json.dumps({"format": _FORMAT, "version": _VERSION, "layers": layers, **depth}).encode()
         with atomic_write(path) as file:
             file.write(content)
 
@@ -275,21 +275,18 @@ class PruningPlan(Mapping[str, Kept]):
             PlanError: the file is not a plan, has another version, or is damaged.
             OSError: the file can't be read.
         """
-        refuse_non_paths("path", path)
-        with open(path, "rb") as file:
-            text = file.read()
-        name = os.fspath(path)
         try:
-            content = parse_json(text, dict[str, Any])
+            content = read_fields(path, _FORMAT)
         except ValueError as error:
-            raise PlanError(f"{name} is not a pruning plan: {error}") from error
-        if any(content.get(key) != value for key, value in _FORMAT.items()):
-            raise PlanError(f"{name} is not a pruning plan of version {_FORMAT['version']}")
+            raise PlanError(f"{os.fspath(path)} is not a pruning plan: {error}") from error
+        name = os.fspath(path)
+        if content.get("version") != _VERSION:
+            raise PlanError(f"{name} is not a pruning plan of version {_VERSION}")
         layers = content.get("layers")
         if not isinstance(layers, dict):
             raise PlanError(f"{name} is a damaged pruning plan: it has no layers")
         try:
-            depth = Depth.parse(content["depth"]) if "depth" in content else None
+            depth = built(content["depth"], Depth) if "depth" in content else None
             return cls({layer: _kept(fields) for layer, fields in layers.items()}, depth)
         except ValueError as error:
             raise PlanError(f"{name} is a damaged pruning plan: {error}") from error
