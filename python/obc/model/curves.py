@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -49,11 +48,7 @@ class Curve:
         """
         if width > self.widest:
             raise ValueError(f"the curve ends at width {self.widest}, got {width}")
-        place = bisect_left(self.widths, width)
-        if place == 0:
-            return self.values[0]
-        (left, right), (low, high) = self.widths[place - 1 : place + 1], self.values[place - 1 : place + 1]
-        return low + (high - low) * (width - left) / (right - left)
+        return float(np.interp(width, self.widths, self.values))
 
     def scaled(self, factor: float) -> Curve:
         """The curve with all values multiplied by ``factor``."""
