@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from obc.model.arguments import instance, iterable_batches
-from obc.model.evaluation import ForwardFn, call_on_batch, device_of, evaluating
+from obc.model.evaluation import ForwardFn, call_on_batch, device_of, evaluating, main_output
 from obc.model.usable import refuse_non_modules
 
 
@@ -228,10 +228,6 @@ def _refuse_unlike(figure: str, name: str, one: Tensor, other_name: str, other: 
 
 def _tensor(outputs: Any) -> Tensor:
     """The logits, the last hidden state, or the first tensor of a model's outputs."""
-    for name in ("logits", "last_hidden_state"):
-        if isinstance(found := getattr(outputs, name, None), Tensor):
-            return found
-    found = outputs[0] if isinstance(outputs, (tuple, list)) else outputs
-    if not isinstance(found, Tensor):
+    if (found := main_output(outputs)) is None:
         raise ValueError(f"can't find logits in an output of type {type(outputs).__name__}; pass forward_fn")
-    return found
+    return found[1]

@@ -22,7 +22,7 @@ from obc.files import refuse_unfinished
 from obc.model.arguments import listed
 from obc.model.batches import RowKind
 from obc.model.errors import explained
-from obc.model.evaluation import checkpoints_activations
+from obc.model.evaluation import checkpoints_activations, main_output
 from obc.model.plan import PruningPlan
 from obc.scoring.label_free import Metric, label_free_loss
 
@@ -240,14 +240,13 @@ def outputs(model: nn.Module, batch: Batch) -> Tensor:
     """The logits on a batch, or the last hidden state if the model has no head; labels are not passed."""
     remedy = "pass it as module:function to obc prune, or use obc in Python"
     with explained(model, f"calling it on a batch of {', '.join(batch)}", remedy):
-        found = _called(model, batch)
-    for key in ("logits", "last_hidden_state"):
-        output = found.get(key)
-        if isinstance(output, Tensor):
-            return output
-    raise UsageError(
-        f"{type(model).__name__} returns {', '.join(found)}, neither logits nor a last hidden state; {remedy}"
-    )
+        outputs = _called(model, batch)
+    name, found = main_output(outputs) or ("", None)
+    if not name or found is None:
+        raise UsageError(
+            f"{type(model).__name__} returns {', '.join(outputs)}, neither logits nor a last hidden state; {remedy}"
+        )
+    return found
 
 
 def _line(error: BaseException) -> str:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from obc.criteria.masked_model import output_tensor
 from obc.criteria.products import products
 from obc.criteria.protocol import About, Criterion
 from obc.criteria.slices import KINDS
@@ -123,7 +124,7 @@ class Nirvana(Criterion):
 
     def functional(self, output: Any) -> Tensor:
         """f of the model's output."""
-        logits = output if isinstance(output, Tensor) else output["logits"] if "logits" in output else output[0]
+        logits = output_tensor(output)
         if logits.dim() != 3:
             return logits.amax(-1).mean()
         return logits.amax(1).mean() if self.over == "sequence" else logits.amax(-1).mean()

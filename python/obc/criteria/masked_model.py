@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from obc.criteria.subject import Subject
 from obc.model.arguments import no_batches, one_of
-from obc.model.evaluation import evaluating
+from obc.model.evaluation import evaluating, main_output
 from obc.model.usable_batches import UsableBatches, all_finite
 from obc.structures.masking import masked_copy, unmaskable
 
@@ -84,14 +84,9 @@ class Evaluation:
 
 def output_tensor(output: Any) -> Tensor:
     """The logits of a forward pass's output, else its last hidden state, else its first tensor."""
-    while isinstance(output, (list, tuple)) and output:
-        output = output[0]
-    for name in ("logits", "last_hidden_state"):
-        if not isinstance(output, Tensor) and getattr(output, name, None) is not None:
-            output = getattr(output, name)
-    if not isinstance(output, Tensor):
+    if (found := main_output(output)) is None:
         raise ValueError(f"the criterion compares tensors, forward_fn returned {type(output).__name__}")
-    return output
+    return found[1]
 
 
 def nothing_masked(subject: Subject) -> Masks:

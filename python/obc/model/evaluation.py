@@ -159,6 +159,22 @@ def tensors_in(value: Any) -> list[Tensor]:
     return [tensor for item in inner for tensor in tensors_in(item)]
 
 
+def main_output(outputs: Any) -> tuple[str, Tensor] | None:
+    """What a model computes: its "logits", else its "last_hidden_state", under that name.
+
+    Otherwise the first floating tensor, or else the first one, without a name; None if there is no tensor. Of a tuple
+    or list such as (outputs, state) the first entry's.
+    """
+    for name in ("logits", "last_hidden_state"):
+        found = outputs.get(name) if isinstance(outputs, Mapping) else getattr(outputs, name, None)
+        if isinstance(found, Tensor):
+            return name, found
+    if isinstance(outputs, (tuple, list)) and outputs and (found := main_output(outputs[0])) is not None:
+        return found
+    tensors = tensors_in(outputs)
+    return ("", next((one for one in tensors if one.is_floating_point()), tensors[0])) if tensors else None
+
+
 def first_floating(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
     """The first floating tensor among a call's arguments; None without one."""
     for value in (*args, *kwargs.values()):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from obc.model.arguments import one_of, refuse_uncallable
 from obc.model.batches import RowKind, attention_mask
-from obc.model.evaluation import call_on_batch, tensors_in
+from obc.model.evaluation import call_on_batch, main_output
 
 Metric = Literal["euclidean", "kl"]
 
@@ -123,16 +123,10 @@ def _of_fisher_information(v: Tensor, z: Tensor, classes: int, is_hidden: bool) 
 
 def _floating_output(output: Any) -> tuple[Tensor, bool]:
     """The output to project, and whether it is hidden states."""
-    if isinstance(output, Tensor) and output.is_floating_point():
-        return _with_samples(output), False
-    for name in ("logits", "last_hidden_state"):
-        value = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
-        if isinstance(value, Tensor):
-            return _with_samples(value), name == "last_hidden_state"
-    for tensor in tensors_in(output):
-        if tensor.is_floating_point():
-            return _with_samples(tensor), False
-    raise ValueError(f"forward_fn returned {type(output).__name__}, expected a floating tensor")
+    found = main_output(output)
+    if found is None or not found[1].is_floating_point():
+        raise ValueError(f"forward_fn returned {type(output).__name__}, expected a floating tensor")
+    return _with_samples(found[1]), found[0] == "last_hidden_state"
 
 
 def _with_samples(output: Tensor) -> Tensor:
