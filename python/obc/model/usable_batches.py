@@ -33,17 +33,12 @@ class UsableBatches:
 
     def __init__(self, batches: Iterable[Any]) -> None:
         iterable_batches(batches)
-        self._batches, self._numbers, self._whole = batches, None, self
+        self._batches, self._whole = batches, self
+        self._numbers: Sequence[int] | None = None
         self._seen, self._current = 0, -1
-        self.left_out = {}
-        self.on_batch = lambda number, count: None
-        self.on_left_out = lambda message: warnings.warn(message, stacklevel=4)
-
-    _numbers: Sequence[int] | None
-    _whole: UsableBatches
-    left_out: dict[int, str]
-    on_batch: Callable[[int, int | None], None]
-    on_left_out: Callable[[str], None]
+        self.left_out: dict[int, str] = {}
+        self.on_batch: Callable[[int, int | None], None] = lambda number, count: None
+        self.on_left_out: Callable[[str], None] = lambda message: warnings.warn(message, stacklevel=4)
 
     @classmethod
     def of(cls, batches: Iterable[Any]) -> UsableBatches:
