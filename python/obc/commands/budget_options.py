@@ -11,7 +11,7 @@ from obc.commands import model_directory
 from obc.commands.allocation_option import allocation_of_text
 from obc.commands.common import UsageError, expecting, positive
 from obc.model.latency_table import LatencyTable, LatencyTableError
-from obc.pruning.budgets import NOUNS, Argument, Budget, Meters
+from obc.pruning.budgets import COUNTED, Argument, Budget, Meters
 from obc.structures.memory import MemoryUse
 
 # The file to which obc prune writes a latency table that it measured, and from which it reads one.
@@ -61,7 +61,7 @@ def budget_of(parsed: argparse.Namespace) -> Budget:
         table = None if parsed.latency_table is None else LatencyTable.load(parsed.latency_table)
     except (OSError, LatencyTableError) as error:
         raise UsageError(f"--latency-table: {error}") from error
-    given: dict[Argument, float | None] = {name: getattr(parsed, name) for name in NOUNS}
+    given: dict[Argument, float | None] = {name: getattr(parsed, name) for name in COUNTED}
     if parsed.ratio is not None:
         given["macs"] = 1 - parsed.ratio
     return Budget.of(given, Meters(use, table))

@@ -24,14 +24,14 @@ _DEFAULT_SHARE = 0.5
 DEFAULT_STEPS = 8
 
 Argument = Literal["macs", "params", "blocks", "active_params", "memory", "latency"]
-# Names in messages of what is counted, and its unit in costs.
-NOUNS: Mapping[Argument, str] = {
-    "macs": "MACs",
-    "params": "parameters",
-    "blocks": "prunable parameters",
-    "active_params": "active parameters",
-    "memory": "bytes of memory",
-    "latency": "seconds of latency",
+# Argument -> the name in messages of what is counted, and its unit in costs and reports.
+COUNTED: Mapping[Argument, tuple[str, Counted]] = {
+    "macs": ("MACs", "macs"),
+    "params": ("parameters", "parameters"),
+    "blocks": ("prunable parameters", "parameters"),
+    "active_params": ("active parameters", "active_parameters"),
+    "memory": ("bytes of memory", "bytes"),
+    "latency": ("seconds of latency", "seconds"),
 }
 
 
@@ -77,9 +77,7 @@ class Meters:
                     "a latency table is missing: pass latency_table=, for example from obc.measure_latency"
                 )
             return self.table.costs(structure.groups, structure.costs("parameters").inside)
-        if argument == "macs":
-            return structure.costs("macs")
-        return structure.costs("active_parameters" if argument == "active_params" else "parameters")
+        return structure.costs(COUNTED[argument][1])  # type: ignore[arg-type]
 
     def measured(self, structure: Any, run: Run, round_to: int | None) -> Meters:
         """The same with a latency table, measured now if there is none.
@@ -158,18 +156,12 @@ class Budget:
     @property
     def noun(self) -> str:
         """The name of the counted quantity in messages."""
-        return NOUNS[self.argument]
+        return COUNTED[self.argument][0]
 
     @property
     def unit(self) -> Counted:
         """The name of the counted quantity in reports."""
-        units: dict[Argument, Counted] = {
-            "macs": "macs",
-            "active_params": "active_parameters",
-            "memory": "bytes",
-            "latency": "seconds",
-        }
-        return units.get(self.argument, "parameters")
+        return COUNTED[self.argument][1]
 
     @property
     def said(self) -> str:
