@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch import distributed as dist
 
 from obc.distribution import obc_version
 from obc.model.processes import gather_tensors, gathered, reduce_tensor
@@ -100,10 +99,8 @@ def all_facts(facts: Facts, group: Any) -> Facts:
 
 def all_rows(matrices: Sequence[Tensor], group: Any) -> list[Tensor]:
     """The rows of every process, one below another in the order of the processes: (rows, channels) each."""
-    counts = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device=matrices[0].device)
-    counts[dist.get_rank(group)] = len(matrices[0])
-    reduce_tensor(counts, group)
-    return [_gathered(matrix, counts.tolist(), group) for matrix in matrices]
+    counts = gathered(len(matrices[0]), group)
+    return [_gathered(matrix, counts, group) for matrix in matrices]
 
 
 def _gathered(matrix: Tensor, counts: list[int], group: Any) -> Tensor:

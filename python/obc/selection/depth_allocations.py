@@ -31,7 +31,7 @@ class Tail:
         blocks = _blocks(task)
         blocks = blocks[: len(blocks) - self.keep_last]
         for count in range(1, len(blocks) + 1):
-            if _freed(task, blocks[-count:]) >= _enough(task):
+            if task.suffices(_sizes(blocks[-count:])):
                 return _removed(task, blocks[-count:])
         raise _unreachable(task, blocks)
 
@@ -60,7 +60,7 @@ class Window:
                 window = blocks[start:stop]
                 if _place(window[-1])[1] - _place(window[0])[1] >= len(window):  # they are not consecutive
                     break
-                if _freed(task, window) >= _enough(task):
+                if task.suffices(_sizes(window)):
                     found.append((self._score(task, window), start, window))
                     break
         if not found:
@@ -94,19 +94,15 @@ def _place(group: ChannelGroup) -> tuple[str, int]:
     return name, int(place)
 
 
-def _enough(task: Task) -> float:
-    return task.budget * (1 - 1e-9)
-
-
-def _freed(task: Task, blocks: Sequence[ChannelGroup]) -> float:
-    return task.costs.freed({group.name: group.size for group in blocks})
+def _sizes(blocks: Sequence[ChannelGroup]) -> dict[str, int]:
+    return {group.name: group.size for group in blocks}
 
 
 def _removed(task: Task, blocks: Sequence[ChannelGroup]) -> dict[str, Tensor]:
-    gone = {group.name for group in blocks}
-    return {name: torch.arange(1 if name in gone else 0, device="cpu") for name in task.scores}
+    gone = _sizes(blocks)
+    return {name: torch.arange(gone.get(name, 0), device="cpu") for name in task.scores}
 
 
 def _unreachable(task: Task, blocks: Sequence[ChannelGroup]) -> BudgetError:
-    most = _freed(task, blocks)
+    most = task.costs.freed(_sizes(blocks))
     return BudgetError(f"whole blocks free at most {most:g} of the {task.budget:g} {task.costs.unit} to be freed", most)

@@ -134,7 +134,7 @@ class Search:
                 return False
             if count and stays % task.round_to.get(name, 1):
                 return False
-        return task.costs.freed(counts) >= task.budget * (1 - 1e-9)
+        return task.suffices(counts)
 
 
 def _ranked(values: Tensor) -> Tensor:

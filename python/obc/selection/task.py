@@ -52,6 +52,10 @@ class Task:
     importance: Mapping[str, float] = field(default_factory=dict)
     evaluate: Callable[[Mapping[str, Tensor]], float] | None = None
 
+    def suffices(self, lost: Mapping[str, int]) -> bool:
+        """Whether the budget is freed, up to rounding, if each group loses so many units."""
+        return self.costs.freed(lost) >= self.budget * (1 - 1e-9)
+
     def scored(self) -> list[ChannelGroup]:
         """The groups of channels with scores; whole blocks are excluded, because no share of one can stay."""
         return [group for group in self.groups if group.name in self.scores and not group.is_depth]

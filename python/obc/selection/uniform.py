@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from obc.model.costs import Costs
-from obc.selection.choice import BudgetError, select
+from obc.selection.choice import BudgetError, removal_order
 from obc.selection.task import Task
 
 # Number of halvings of the kept share, beyond the resolution of any width.
@@ -48,15 +48,9 @@ def select_uniform(
     kept = equal_shares(limits, costs, task.budget, shares)
     removed = {name: torch.empty(0, dtype=torch.int64, device="cpu") for name in task.scores}
     for name, width in kept.items():
-        if width < sizes[name]:
-            chosen = select(
-                {name: task.scores[name]},
-                {name: 1.0},
-                sizes[name] - width,
-                selection=task.selection,
-                shrinkage=task.shrinkage,
-            )
-            removed[name] = chosen[name]
+        if (count := sizes[name] - width) > 0:
+            order = removal_order(task.scores[name], count, selection=task.selection, shrinkage=task.shrinkage)
+            removed[name] = order.sort().values
     return removed
 
 

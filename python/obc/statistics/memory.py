@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from obc.model.readable import readable
+from obc.scoring.results.report import kernel_bytes
 from obc.statistics.block_weights import WeightsOnDevice
 from obc.statistics.blocks import residual_blocks
 from obc.statistics.by_block import ByBlock, options_of
@@ -108,11 +109,7 @@ def free_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    if device.type == "cpu" and _MEMINFO.exists():
-        for line in _MEMINFO.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return 1024 * int(line.split()[1])  # the kernel counts in KiB
-    return None
+    return kernel_bytes(_MEMINFO, "MemAvailable") if device.type == "cpu" and _MEMINFO.exists() else None
 
 
 def stated(sizes: Mapping[str, int]) -> str:

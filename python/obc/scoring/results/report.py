@@ -39,7 +39,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(device)
         self._start = self._earlier = None
         if not self._cuda and _STATUS.exists():
-            self._start, self._earlier = _status("VmRSS"), _status("VmHWM")
+            self._start, self._earlier = kernel_bytes(_STATUS, "VmRSS"), kernel_bytes(_STATUS, "VmHWM")
             # If resetting is not allowed, only a peak above all earlier ones is seen.
             with contextlib.suppress(OSError):
                 _CLEAR_REFS.write_text("5")
@@ -49,15 +49,15 @@ class PeakMemory:
         """The peak in bytes, as in :class:`Report`."""
         if self._cuda:
             return sum(torch.cuda.max_memory_allocated(device) for device in self._cuda)
-        peak = None if self._start is None else _status("VmHWM")
+        peak = None if self._start is None else kernel_bytes(_STATUS, "VmHWM")
         if peak is None or self._start is None or self._earlier is None or peak <= self._earlier:
             return None
         return max(0, peak - self._start)
 
 
-def _status(field: str) -> int | None:
-    """A field of this process's status on Linux, in bytes."""
-    for line in _STATUS.read_text().splitlines():
+def kernel_bytes(path: Path, field: str) -> int | None:
+    """A field of one of Linux's files about memory, in bytes."""
+    for line in path.read_text().splitlines():
         if line.startswith(f"{field}:"):
             return 1024 * int(line.split()[1])  # the kernel counts in KiB
     return None
