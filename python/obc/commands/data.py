@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from obc.commands.common import UsageError, require
+from obc.commands.common import UsageError, positive, require
 from obc.commands.model_directory import IGNORED
 from obc.model.evaluation import device_of
 
@@ -19,6 +19,18 @@ SEQUENCE = 2048  # tokens per sequence, if the model allows as many
 MASKED_SHARE = 0.15  # share of the tokens, as in BERT's training
 IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 _ENTRY = "give each line a 'text', or 'input_ids' (a list of token numbers)"
+
+
+def add_options(parser: argparse.ArgumentParser, most: int) -> None:
+    """Add the options by which :func:`batches` reads data; ``most`` is the default of ``--batches``."""
+    parser.add_argument("--data", type=Path, required=True, help="a .txt or .jsonl file, or a folder of images")
+    parser.add_argument(
+        "--batches", type=positive, default=most, help="fewer if the data ends before (default: %(default)s)"
+    )
+    parser.add_argument("--batch-size", type=positive, default=4, help="samples of a batch (default: %(default)s)")
+    parser.add_argument(
+        "--seq-len", type=positive, help=f"tokens of a sequence (default: {SEQUENCE}, or the model's most)"
+    )
 
 
 def batches(

@@ -31,12 +31,9 @@ def add(commands: Any) -> None:
     """Add ``obc evaluate`` to the subparsers."""
     evaluate = add_command(commands, "evaluate", run, "perplexity, accuracy, agreement, speed", _DESCRIPTION)
     evaluate.add_argument("model", type=Path, metavar="MODEL_DIR", help="a directory of a model, pruned or not")
-    evaluate.add_argument("--data", type=Path, required=True, help="a .txt or .jsonl file, or a folder of images")
     evaluate.add_argument("--reference", type=Path, metavar="MODEL_DIR", help="the unpruned model's directory")
-    evaluate.add_argument("--seq-len", type=positive, help="tokens of a window (default: as in obc score)")
+    data.add_options(evaluate, most=50)
     evaluate.add_argument("--stride", type=positive, help="tokens between windows (default: --seq-len, no overlap)")
-    evaluate.add_argument("--batches", type=positive, default=50, help="at most so many are read (default: 50)")
-    evaluate.add_argument("--batch-size", type=positive, default=4, help="samples of a batch (default: 4)")
     evaluate.add_argument("--measure", action="store_true", help="also time a forward pass, beside the reference's")
     model_directory.add_options(evaluate)
     add_log(evaluate)

@@ -41,14 +41,9 @@ def add(commands: Any) -> None:
     """Add ``obc score`` to the subparsers."""
     score = add_command(commands, "score", run, "score a local transformers directory", _DESCRIPTION)
     score.add_argument("model", type=Path, metavar="MODEL_DIR", help="a directory written by save_pretrained")
-    score.add_argument("--data", type=Path, required=True, help="a .txt or .jsonl file, or a folder of images")
+    data.add_options(score, most=50)
     score.add_argument("--out", type=Path, default=Path("scores.safetensors"), help="(default: %(default)s)")
     score.add_argument("--rows", choices=("batch", "sample"), default="batch", help="(default: %(default)s)")
-    score.add_argument("--batches", type=positive, default=50, help="fewer if the data ends before (default: 50)")
-    score.add_argument("--batch-size", type=positive, default=4, help="samples of a batch (default: 4)")
-    score.add_argument(
-        "--seq-len", type=positive, help=f"tokens of a sequence (default: {data.SEQUENCE}, or the model's most)"
-    )
     score.add_argument("--loss", choices=model_directory.LOSSES, default="auto", help="(default: by the model's head)")
     model_directory.add_options(score)
     score.add_argument("--micro-batch", type=positive, help="samples at once: less memory, the same rows")
