@@ -15,6 +15,7 @@ from obc.commands import bench, completion, criteria, demo, evaluate, info, prun
 from obc.commands.common import BROKEN_PIPE, INTERRUPTED, USAGE_ERROR, OneLineParser, UsageError, refuse_overwriting
 from obc.commands.run_log import run_log
 from obc.distribution import DISTRIBUTION, obc_version
+from obc.model.hooks import replaced
 
 # What the operating system says if a disk is full, a quota is used up, a file too large or a disk read-only.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -52,15 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
-@contextlib.contextmanager
-def _plain_warnings() -> Iterator[None]:
+def _plain_warnings() -> contextlib.AbstractContextManager[None]:
     """Print warnings as one line each, without the location in obc's source."""
-    before = warnings.formatwarning
-    warnings.formatwarning = lambda message, *place, **more: f"warning: {message}\n"
-    try:
-        yield
-    finally:
-        warnings.formatwarning = before
+    return replaced(warnings, formatwarning=lambda message, *place, **more: f"warning: {message}\n")
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ import torch
 
 from obc.commands.common import UsageError, writable
 from obc.distribution import obc_version
+from obc.model.hooks import replaced
 
 logger = logging.getLogger("obc.commands")
 
@@ -93,8 +94,7 @@ def _warnings_on_standard_error() -> logging.Handler:
     return handler
 
 
-@contextlib.contextmanager
-def _logged_warnings() -> Iterator[None]:
+def _logged_warnings() -> contextlib.AbstractContextManager[None]:
     """Log warnings in addition to showing them."""
     shown = warnings.showwarning
 
@@ -102,8 +102,4 @@ def _logged_warnings() -> Iterator[None]:
         shown(message, category, filename, lineno, file, line)
         logger.warning("%s", message)
 
-    warnings.showwarning = show
-    try:
-        yield
-    finally:
-        warnings.showwarning = shown
+    return replaced(warnings, showwarning=show)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from obc.model.errors import explained
+from obc.model.hooks import hooked, replaced
 
 ForwardFn = Callable[[nn.Module, Any], Any]
 LossFn = Callable[[nn.Module, Any], Tensor]
@@ -66,7 +67,7 @@ def with_outputs(model: nn.Module, run: Callable[[], Any]) -> tuple[Any, list[An
     """The result of ``run()``, and what each outermost call of ``model``, or of its ``forward``, meanwhile returned."""
     outputs: list[Any] = []
     depth = 0
-    forward, overridden = model.forward, "forward" in vars(model)
+    forward = model.forward
 
     # A loss that is a method of the model calls its forward, without the hooks of a call.
     def recorded(*args: Any, **kwargs: Any) -> Any:
@@ -85,16 +86,8 @@ def with_outputs(model: nn.Module, run: Callable[[], Any]) -> tuple[Any, list[An
         if not depth:
             outputs[-1] = output
 
-    handle = model.register_forward_hook(hook)
-    model.forward = recorded
-    try:
+    with hooked([model.register_forward_hook(hook)]), replaced(model, forward=recorded):
         return run(), outputs
-    finally:
-        handle.remove()
-        if overridden:
-            model.forward = forward
-        else:
-            del model.forward
 
 
 def _call_on_batch(model: nn.Module, batch: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Hooks that stay for a block of code, hooks that come first, and the end of a run that has shown enough."""
+"""Hooks and attributes for the time of a block, hooks that come first, and the end of a run that has shown enough."""
 
 from __future__ import annotations
 
@@ -22,6 +22,21 @@ def hooked(handles: Iterable[Any]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextlib.contextmanager
+def replaced(*objects: Any, **values: Any) -> Iterator[None]:
+    """Give the objects these attributes inside the block; afterwards they have their own again, or none."""
+    own = [{name: vars(one)[name] for name in values if name in vars(one)} for one in objects]
+    try:
+        for one in objects:
+            vars(one).update(values)
+        yield
+    finally:
+        for one, before in zip(objects, own, strict=True):
+            for name in values:
+                vars(one).pop(name, None)
+            vars(one).update(before)
 
 
 def hook_before_others(module: nn.Module, hook: Callable[..., Any], with_kwargs: bool = False) -> RemovableHandle:

@@ -6,8 +6,8 @@ modules all return the stored tensor at once. This is used only if on a first ba
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -15,25 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from obc.model.evaluation import tensors_in
-from obc.model.hooks import hooked
+from obc.model.hooks import hooked, replaced
 from obc.recovery.segments import ChainBatch, close
 
 
-@contextlib.contextmanager
-def skipped(model: nn.Module, chain: Sequence[str], result: Tensor) -> Iterator[None]:
+def skipped(model: nn.Module, chain: Sequence[str], result: Tensor) -> AbstractContextManager[None]:
     """Inside the block every module of the chain returns ``result`` without running."""
-    modules = [model.get_submodule(name) for name in chain]
-    own = [module.__dict__.get("forward") for module in modules]
-    try:
-        for module in modules:
-            module.forward = lambda *args, **kwargs: result  # type: ignore[method-assign]
-        yield
-    finally:
-        for module, forward in zip(modules, own, strict=True):
-            if forward is None:
-                del module.forward
-            else:
-                module.forward = forward  # type: ignore[method-assign]
+    return replaced(*map(model.get_submodule, chain), forward=lambda *args, **kwargs: result)
 
 
 def from_end(
