@@ -199,12 +199,10 @@ def _check(
         raise ValueError("mode='correct' has no decompressors: it changes weights directly; pass mode='ls' or 'seq'")
     for role, model in (("pruned", pruned_model), ("original", original_model)):
         refuse_unusable(model, f"the {role} model")
-        if is_compiled(model):
-            raise ValueError(f"the {role} model is compiled; pass the model itself and compile after compensation")
-        if compiled := next((name for name, module in model.named_modules() if is_compiled(module)), None):
+        if compiled := [f": {name}" if name else "" for name, module in model.named_modules() if is_compiled(module)]:
             raise ValueError(
-                f"the {role} model: {compiled} is compiled; pass the model with the module itself in its place, and "
-                "compile after compensation"
+                f"the {role} model{compiled[0]} is compiled; pass what torch.compile was given, and compile after "
+                "compensation"
             )
         if is_sharded(model):
             raise ValueError(

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedParameter
 
+from obc.model.layouts import is_compiled
 from obc.model.rules import channel_count
 from obc.model.sharding import is_in_flat_shards
 from obc.scoring.errors import SampleRowsError, ScoringError
@@ -29,8 +30,7 @@ def refuse_unreadable(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if any(isinstance(parameter, UninitializedParameter) for parameter in module.parameters(recurse=False)):
             raise ScoringError(f"module {name!r} is not initialised yet; run one batch through the model first")
-        wrapped = type(module).__name__ == "OptimizedModule"
-        if wrapped or getattr(module, "_compiled_call_impl", None) is not None:
+        if is_compiled(module):
             what = f"module {name!r}" if name else "the model"
             raise ScoringError(
                 f"{what} was compiled before attaching, so gates would not be seen; pass the model that torch.compile "
