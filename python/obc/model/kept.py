@@ -59,7 +59,7 @@ class Kept:
         return None if self.in_channels is None else expand(self.in_channels, self.in_repeat)
 
     def on(self, side: Literal["out", "in"]) -> Tensor | None:
-        """The kept rows of the weight, or its kept columns, as a group's slices number them; None if all are kept."""
+        """The kept rows or columns of the weight, by ``side``, as a group's slices number them; None if all are."""
         return self.out_channels if side == "out" else self.in_columns
 
     def after(self, earlier: Kept | None) -> Kept:

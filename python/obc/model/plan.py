@@ -83,7 +83,7 @@ class PruningPlan(Mapping[str, Kept]):
         return fragment(table(head, rows, label="what every layer kept"))
 
     def out_index(self, name: str, device: torch.device) -> Tensor | slice:
-        """Indexes the unpruned tensors of a layer, or norm, by the out channels that it kept; all without an entry."""
+        """An index, on ``device``, of the unpruned layer's or norm's ``name`` by its kept out channels, or of all."""
         channels = self._kept[name].out_channels if name in self else None
         return slice(None) if channels is None else channels.to(device)
 
