@@ -38,7 +38,7 @@ class RowInHand:
         for norms in attachment.norms:
             norms.bind()
         for source in self._plan.sources:
-            source.gradient.magnitude = 0.0
+            source.gradient.forget()
         self._versions = {id(tensor): tensor._version for tensor in self._accumulators()}
 
     def _set_samples(self) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from obc.model.arguments import listed
 from obc.model.autocast import tf32_is_allowed
 from obc.scoring.errors import RowError, SampleRowsError
 from obc.scoring.reading import refusals
@@ -40,6 +41,11 @@ _TF32_TOLERANCE = 1e-2
 # If a layer's rows cancel (a convolution before a BatchNorm in train mode scores zero), both are rounding noise of the
 # sum of |w| |g|: a difference below this many ulps of that sum is not a disagreement.
 _NOISE_ULPS = 16
+
+# A forward that normalises its weight makes the weight's own rows zero up to rounding and to the epsilon of the
+# normalisation: below this share of what its gates read.
+_NORMALISED = 1e-2
+NORMALISED = "its forward normalises its weight, so that weight times gradient is zero"
 
 
 class CheckingRow:
@@ -188,6 +194,11 @@ def settle(plan: Plan, fall_back: bool, uses: Uses) -> list[str]:
         if reason is not None:
             _take_reference(source.readers)
             _fall_back(source, fall_back, reason)
+            if reason.startswith(NORMALISED):
+                names = listed([reader.name for reader in source.readers])
+                logger.warning(
+                    "scores of %s are rounding errors: %s; put a layer with that weight in its place", names, reason
+                )
             fallen += [reader.name for reader in source.readers if source.gradient.fired and reader.scored]
     for reader in plan.without_source():
         if reader in uses:
@@ -236,8 +247,7 @@ def _fall_back(source: GradientSource, scored: bool, reason: str | None = None) 
 def _disagreement(slot: Slot, source: WeightGradient, half: torch.dtype | None) -> str | None:
     """Why the slot's gates can't be trusted, or None if they agree with the weight's gradient."""
     flat = slot.flat
-    gates = slot.of(flat.row) if flat.samples is None else slot.of(flat.samples).sum(1)
-    reference = slot.of(flat.reference)
+    gates, reference = _gates(slot), slot.of(flat.reference)
     largest = float(reference.abs().max()) if slot.size else 0.0
     difference = float((gates - reference).abs().max()) if slot.size else 0.0
     noise = _NOISE_ULPS * torch.finfo(flat.dtype).eps * source.magnitude
@@ -254,7 +264,7 @@ def _tolerance(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def _compare(readers: list[ModuleReader], source: WeightGradient) -> str | None:
-    """Why the readers of one weight must be read from its gradient, or None if their gates agree with it."""
+    """Why the readers of one weight must be read from its gradient, or None if their gates are right."""
     for reader in readers:
         reader.used = source.fired
         reader.notice_changes()
@@ -267,8 +277,37 @@ def _compare(readers: list[ModuleReader], source: WeightGradient) -> str | None:
     half = _half_precision(readers)
     for slot in source.slots:
         if (reason := _disagreement(slot, source, half)) is not None:
-            return reason
+            return _unless_normalised(readers, source, half, reason)
     return None
+
+
+def _unless_normalised(
+    readers: list[ModuleReader], source: WeightGradient, half: torch.dtype | None, reason: str
+) -> str | None:
+    """``reason``, or None if forward normalises the weight and the gates read what the normalised weight does.
+
+    The loss does not change with the scale of a channel that forward normalises, so w . dL/dw = 0 (Euler). The weight v
+    that it makes of it acts: the gates read v . dL/dv of out and in channels, which have the same sum.
+    """
+    rows = [(_gates(slot), slot.of(slot.flat.reference), source.unbiased[slot]) for slot in source.slots]
+    # Biases, whose row the gates read too, are what the reference has beside the weight's row.
+    computed = [gates - (reference - weight) for gates, reference, weight in rows]
+    largest = [
+        (float(weight.abs().max()), float(one.abs().max())) for (*_, weight), one in zip(rows, computed, strict=True)
+    ]
+    if all(of_weight > _NORMALISED * of_gates for of_weight, of_gates in largest):
+        return reason
+    flat = source.slots[0].flat
+    allowed = _tolerance(half or flat.dtype, flat.device) * float(sum(one.abs().sum() for one in computed))
+    if len(readers) == 1 and len(computed) == 2 and abs(float(computed[0].sum() - computed[1].sum())) <= allowed:
+        readers[0].reason = NORMALISED
+        return None
+    return f"{NORMALISED}, and its gates do not fit a layer with the normalised weight"
+
+
+def _gates(slot: Slot) -> Tensor:
+    """The row that the slot's gates read."""
+    return slot.of(slot.flat.row) if slot.flat.samples is None else slot.of(slot.flat.samples).sum(1)
 
 
 def _look_at(reader: ModuleReader) -> None:

@@ -133,8 +133,12 @@ class WeightGradient:
         self.weight, self.rows, self.columns, self.groups, self.fold = weight, rows, columns, groups, fold
         self.biases, self.elementwise = biases, elementwise
         self.fired = False
-        self.magnitude = 0.0
+        self.forget()
         self._undo: list[Callable[[], None]] = []
+
+    def forget(self) -> None:
+        """Forget what an earlier row measured: the sum of |w| |g|, and each slot's row without biases."""
+        self.magnitude, self.unbiased = 0.0, dict[Slot, Tensor]()
 
     @property
     def slots(self) -> list[Slot]:
@@ -153,7 +157,7 @@ class WeightGradient:
         return self.fired or not isinstance(self.weight, ComputedWeight) or self.weight.seen
 
     def attach(self, target: Callable[[FlatRow], Tensor], measure: bool = False) -> None:
-        """Contract every gradient into the vector ``target(flat)``; ``measure`` also sums |w| |g|."""
+        """Contract every gradient into the vector ``target(flat)``; ``measure`` also fills what ``forget`` names."""
         self.detach()
         for parameter in self.parameters:
             parameter.requires_grad_(True)
@@ -185,18 +189,23 @@ class WeightGradient:
                 self.magnitude += float(weight.norm() * grad.norm())
             if self.elementwise:
                 assert self.rows is not None
-                self.rows.of(target(self.rows.flat)).add_(_last_dim_dot(weight, grad))
+                self._add(self.rows, _last_dim_dot(weight, grad), target, measure)
                 return
             if self.column_dim != 1:
                 weight, grad = weight.transpose(1, self.column_dim), grad.transpose(1, self.column_dim)
             row_dot, column_dot = ops.weight_dot(weight, grad, groups=self.groups)
             if self.rows is not None:
-                self.rows.of(target(self.rows.flat)).add_(row_dot)
+                self._add(self.rows, row_dot, target, measure)
             if self.columns is not None:
                 folded = column_dot if self.fold == 1 else column_dot.unflatten(0, (self.fold, -1)).sum(0)
-                self.columns.of(target(self.columns.flat)).add_(folded)
+                self._add(self.columns, folded, target, measure)
 
         return contract
+
+    def _add(self, slot: Slot, row: Tensor, target: Callable[[FlatRow], Tensor], measure: bool) -> None:
+        slot.of(target(slot.flat)).add_(row)
+        if measure:
+            self.unbiased[slot] = self.unbiased[slot] + row if slot in self.unbiased else row
 
     def _bias_hook(self, slot: Slot, target: Callable[[FlatRow], Tensor]) -> Callable[[Tensor], None]:
         def contract(bias: Tensor) -> None:

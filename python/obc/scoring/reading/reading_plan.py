@@ -109,7 +109,7 @@ class Plan:
         checked = checked and reader in relations.checkable
         sides = {"out": reader.out} | ({} if reader.in_ is None else {"in": reader.in_})
         chained = [(side, self.chains.slots[slot]) for side, slot in sides.items() if slot in self.chains.slots]
-        return Coverage("gate", copied=reader.copy_output, checked=checked, tied=tied, chained=chained)
+        return Coverage("gate", reader.reason, copied=reader.copy_output, checked=checked, tied=tied, chained=chained)
 
     def _was_used(self, reader: ModuleReader) -> bool:
         if reader.how == "weight gradient":
