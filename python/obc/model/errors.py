@@ -51,18 +51,18 @@ def on_batch(model: nn.Module, batch: Any, index: int | None = None, called: str
         layer = layer_in(error, model)
         place = "" if layer is None else f" in layer {layer!r}"
         number = "" if index is None else f" on batch {index}"
-        add_note(error, f"{called}(model, batch) failed{number}{place}; this batch is {_kind(batch)}")
+        add_note(error, f"{called}(model, batch) failed{number}{place}; this batch is {described(batch)}")
         raise
 
 
-def _kind(value: Any) -> str:
+def described(value: Any) -> str:
     """What a batch is: its type, and the dtype, shape and device of its tensors."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)} on {value.device}"
     if isinstance(value, Mapping):
-        return f"a mapping of {listed([f'{key!r}: {_kind(inner)}' for key, inner in value.items()], 4)}"
+        return f"a mapping of {listed([f'{key!r}: {described(inner)}' for key, inner in value.items()], 4)}"
     if isinstance(value, (tuple, list)):
-        return f"a {type(value).__name__} of {listed([_kind(inner) for inner in value], 4)}"
+        return f"a {type(value).__name__} of {listed([described(inner) for inner in value], 4)}"
     return type(value).__name__
 
 

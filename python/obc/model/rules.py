@@ -122,7 +122,14 @@ def scored_rule(module: nn.Module) -> Rule | str | None:
     """
     if is_recurrent(module):
         return Rule("gate", weight="weight_ih_l0", in_axis=1, in_dim=-1)
-    return rule_for(module)
+    return complex_weight(module) or rule_for(module)
+
+
+def complex_weight(module: nn.Module) -> str | None:
+    """Why a module with a complex weight is not read; None if it has none."""
+    weight = module._parameters.get("weight")
+    complex_ = weight is not None and weight.is_complex()
+    return f"its weight is {weight.dtype}, and only real channels are read" if complex_ else None  # type: ignore[union-attr]
 
 
 def _mixture_rule(module: nn.Module) -> Rule | None:

@@ -10,12 +10,13 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from obc.model.errors import described
 from obc.model.evaluation import device_of, first_floating
 from obc.model.experts import fused_experts
 from obc.model.groups import ChannelGroup
 from obc.model.layouts import layout_of
 from obc.model.names import named_modules
-from obc.model.rules import Rule, channel_count, rule_for
+from obc.model.rules import Rule, channel_count, complex_weight, rule_for
 from obc.model.sharding import is_dtensor
 from obc.scoring.coverage import Coverage
 from obc.statistics.errors import StatisticsError
@@ -151,10 +152,16 @@ def consumers(model: nn.Module, groups: Groups) -> tuple[dict[str, nn.Module], d
         groups: the groups whose consumers to read; None: every linear layer and convolution, and every mixture.
     """
     modules = dict(named_modules(model))
-    if groups is None:
-        return {name: module for name, module in modules.items() if _has_inputs(module)}, {}
     found: dict[str, nn.Module] = {}
     unread: dict[str, Coverage] = {}
+    if groups is None:
+        for name, module in modules.items():
+            if _has_inputs(module):
+                if (reason := complex_weight(module)) is None:
+                    found[name] = module
+                else:
+                    unread[name] = Coverage.unread(reason)
+        return found, unread
     for group in groups:
         for part in group.consumers:
             module = modules.get(part.module)
@@ -328,7 +335,8 @@ class InputReader(Reader):
         """
         x = first_floating(args, kwargs)
         if x is None:
-            raise StatisticsError(f"{name!r} was called without a tensor; leave it out with groups=")
+            what = described((*args, *kwargs.values()))
+            raise StatisticsError(f"{name!r} needs a floating-point tensor, got {what}; leave it out with groups=")
         if is_dtensor(x):
             raise StatisticsError(
                 f"the input of {name!r} is split over several processes, but statistics need all of it; collect before "
