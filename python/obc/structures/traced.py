@@ -312,11 +312,22 @@ class TorchPruningStructure:
 
     def twin(self, model: nn.Module) -> TorchPruningStructure:
         """The same groups on ``model``, a copy of this structure's present model."""
-        twin = copy.copy(self)
-        twin.model = model
+        twin = object.__new__(TorchPruningStructure)
+        vars(twin).update(vars(self), model=model)
         twin._modules = dict(model.named_modules(remove_duplicate=True))
         twin._groups, twin.left_out, twin._kept = dict(self._groups), dict(self.left_out), {}
         return twin
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TorchPruningStructure:
+        copied = self.twin(copy.deepcopy(self.model, memo))
+        copied._kept = dict(self._kept)
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "a TorchPruningStructure holds functions of this process and can't be saved; save its model and its plan "
+            "(structure.plan.save), and make a structure of the loaded model"
+        )
 
     def offer(self, group: ChannelGroup) -> None:
         """Take a group back that was left out."""
