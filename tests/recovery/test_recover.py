@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import re
 import warnings
@@ -111,6 +112,48 @@ def test_a_run_that_was_cut_short_resumes_bit_for_bit(train: Any, tmp_path: Path
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in whole.state_dict().items())
 
 
+@pytest.mark.parametrize("evaluated", [False, True])
+@pytest.mark.parametrize("train", ["naive", "folded", "lora"])
+def test_a_run_inside_autocast_trains_the_present_weights(train: Any, evaluated: bool) -> None:
+    """Torch keeps casts of weights until the outermost autocast ends; a forward with one of its own keeps none."""
+    pruned, teacher, plan = networks()
+
+    def cast(model: nn.Module, batch: Any) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(batch)
+
+    def run(distillation: obc.Distillation) -> tuple[list[float], dict[str, torch.Tensor]]:
+        model = copy.deepcopy(pruned)
+        torch.manual_seed(0)
+        evaluate = (lambda one: float(cast(one, BATCHES[0]).sum())) if evaluated else None
+        options: dict[str, Any] = {"train": train, "plan": plan, "evaluate": evaluate, "distillation": distillation}
+        report = obc.recover(model, teacher, BATCHES, steps=6, lr=0.01, every=2, progress=False, **options)
+        return report.losses, model.state_dict()
+
+    losses, weights = run(obc.Distillation(forward_fn=cast))
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = run(obc.Distillation())
+    assert inside[0] == losses
+    for name, value in weights.items():
+        assert torch.equal(inside[1][name], value), name
+
+
+def with_old_gradients(model: nn.Module) -> Any:
+    model(BATCHES[0]).square().sum().backward()
+    return contextlib.nullcontext()
+
+
+@pytest.mark.parametrize("around", [with_old_gradients, lambda model: torch.no_grad()], ids=["gradients", "no-grad"])
+def test_what_the_caller_did_before_does_not_change_a_run(around: Any) -> None:
+    pruned, teacher, _ = networks()
+    other = copy.deepcopy(pruned)
+    obc.recover(pruned, teacher, BATCHES, steps=2, lr=0.01, progress=False)
+    with around(other):
+        obc.recover(other, teacher, BATCHES, steps=2, lr=0.01, progress=False)
+    for name, value in pruned.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value), name
+
+
 def test_a_loss_that_is_not_finite_stops_before_it_spoils_the_model() -> None:
     pruned, teacher, _ = networks()
     batches = [BATCHES[0], torch.full((4, 6), float("nan"))]
@@ -143,6 +186,14 @@ def test_a_gradient_that_is_not_finite_stops_before_it_spoils_the_model(train: A
         ({"lr": 0.0}, "lr must be positive"),
         ({"warmup": 1.0}, "warmup is a share"),
         ({"accumulate": 0}, "accumulate must be a positive integer"),
+        ({"lr": float("nan")}, "lr must be finite, got nan"),
+        ({"lr": float("inf")}, "lr must be finite, got inf"),
+        ({"warmup": float("nan")}, "warmup is a share"),
+        ({"weight_decay": -0.1}, "weight_decay must not be negative, got -0.1"),
+        ({"weight_decay": float("nan")}, "weight_decay must be finite"),
+        ({"clip": -1.0}, "clip is the largest gradient norm, above 0, got -1.0; None does not clip"),
+        ({"clip": 0}, "clip is the largest gradient norm, above 0, got 0"),
+        ({"clip": float("nan")}, "clip is the largest gradient norm, above 0, got nan"),
     ],
 )
 def test_bad_arguments_are_refused(changed: dict[str, Any], message: str) -> None:
@@ -194,6 +245,12 @@ def test_norms_are_not_recalibrated_against_themselves() -> None:
     model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4))
     with pytest.raises(ValueError, match="the model and original_model are one object; pass the unpruned model"):
         obc.recalibrate_norms(model, BATCHES, original_model=model)
+
+
+def test_a_batch_without_samples_is_refused() -> None:
+    pruned, teacher, _ = networks()
+    with pytest.raises(ValueError, match="batch 1 has no samples; leave empty batches out"):
+        obc.recover(pruned, teacher, [BATCHES[0], torch.zeros(0, 6)], steps=2, lr=0.01, progress=False)
 
 
 def test_empty_batches_are_refused() -> None:

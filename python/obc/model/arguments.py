@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -37,10 +38,12 @@ def positive(name: str, value: object, error: type[ValueError] = ValueError) -> 
         raise error(f"{name} must be a positive integer, got {value!r}")
 
 
-def number(name: str, value: object) -> None:
-    """Raises ValueError if the argument's value is no real number."""
+def number(name: str, value: object, finite: bool = False) -> None:
+    """Raises ValueError if the argument's value is no real number, or not ``finite``."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ValueError(f"{name} must be a number, got {value!r}")
+    if finite and not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value!r}")
 
 
 def instance(name: str, value: object, kinds: type | tuple[type, ...], expected: str) -> None:

@@ -190,7 +190,7 @@ def _check(
 ) -> None:
     one_of("mode", mode, get_args(Mode))
     number("held_out", held_out)
-    number("ridge", 0 if ridge is None else ridge)
+    number("ridge", 0 if ridge is None else ridge, finite=True)
     if ridge is not None and ridge < 0:
         raise ValueError(f"ridge must not be negative, got {ridge}")
     if not 0 < held_out <= 0.5:

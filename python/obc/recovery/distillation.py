@@ -121,7 +121,7 @@ class Distillation:
     def __post_init__(self) -> None:
         weights = {name: getattr(self, name) for name in ("logits", "hidden", "outputs", "labels")}
         for name, value in (*weights.items(), ("temperature", self.temperature)):
-            number(name, value)
+            number(name, value, finite=True)
         refuse_uncallable(label_loss=self.label_loss, forward_fn=self.forward_fn, logits_of=self.logits_of)
         if min(weights.values()) < 0 or sum(weights.values()) <= 0:
             said = ", ".join(f"{name}={weight}" for name, weight in weights.items())

@@ -279,7 +279,7 @@ class EquivalentPruning:
             ValueError: an argument is no number, or ``lr_div`` is 0.
         """
         for name, value in {"lr": lr, "weight_decay": weight_decay, "lr_div": lr_div, "wd_div": wd_div}.items():
-            number(name, value)
+            number(name, value, finite=True)
         if lr_div == 0:
             raise ValueError("lr_div must not be 0: the factors' learning rate is lr / lr_div")
         factors = {id(p): p for _, folded in _folds(self.model) for p in folded.parameters()}

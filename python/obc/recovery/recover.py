@@ -25,7 +25,8 @@ from obc.model.arguments import (
     positive,
     refuse_uncallable,
 )
-from obc.model.batches import usable_in_autograd
+from obc.model.autocast import in_present_autocast, without_autocast
+from obc.model.batches import refuse_empty, usable_in_autograd
 from obc.model.plan import PruningPlan
 from obc.model.progress import progress_bar
 from obc.model.usable import OTHER_MODEL, refuse_non_modules, refuse_one_model, refuse_unusable
@@ -88,7 +89,8 @@ def recover(
     """Train the pruned ``model`` in place to compute what the unpruned ``teacher`` computes.
 
     AdamW with a linear warm-up and a cosine decay to 0. The default loss needs no labels: the forward KL divergence of
-    the logits (:class:`obc.Distillation`). The model is in train mode and the teacher in eval mode.
+    the logits (:class:`obc.Distillation`). The model is in train mode and the teacher in eval mode. Both run under the
+    autocast that is on. Gradients that the model has before are dropped.
 
     Args:
         model: the pruned model. With ``train="folded"`` or ``"lora"`` the trained factors are merged at the end, so
@@ -125,10 +127,7 @@ def recover(
     refuse_non_modules(teacher, "the teacher")
     _check_teacher(model, teacher)
     one_of("train", train, get_args(Train))
-    _check(steps, lr, accumulate, warmup, every)
-    number("weight_decay", weight_decay)
-    if clip is not None:
-        number("clip", clip)
+    _check(steps, lr, accumulate, warmup, every, weight_decay, clip)
     refuse_uncallable(evaluate=evaluate)
     instance("distillation", distillation, (Distillation, type(None)), "an obc.Distillation")
     iterable_batches(batches)
@@ -141,25 +140,29 @@ def recover(
     identity = {} if checkpoint is None else _identity(model, teacher, distillation, options)
     trained = prepared(model, teacher, train, plan, rank)
     _warn_of_short_floats(trained)
+    # Inside the caller's autocast torch would keep the first step's casts of weights, so each run has one of its own.
+    evaluate, loss_of = in_present_autocast(evaluate), in_present_autocast(distillation.loss)
     try:
-        job = _Training(trained, teacher, distillation, steps, lr, weight_decay, warmup, clip, report)
+        job = _Training(trained, teacher, loss_of, steps, lr, weight_decay, warmup, clip, report)
         if checkpoint is not None:
             report.resumed_at = load_training(checkpoint, trained.model, job.optimizer, report, identity)
         teacher.eval()
         source = _endless(batches, skip=report.resumed_at * accumulate)
         bar = progress_bar(progress, range(report.resumed_at, steps), desc="obc.recover")
-        for step in bar:
-            if step == 0:
-                job.evaluate(0, evaluate)
-            job.step([next(source) for _ in range(accumulate)], step)
-            due = step + 1 == steps or (every is not None and (step + 1) % every == 0)
-            if due:
-                logger.info("obc.recover: step %d of %d: loss %.4g", step + 1, steps, report.losses[-1])
-                job.evaluate(step + 1, evaluate)
-            if due and checkpoint is not None:
-                save_training(checkpoint, step + 1, trained.model, job.optimizer, report, identity)
+        with without_autocast(), torch.enable_grad():
+            for step in bar:
+                if step == 0:
+                    job.evaluate(0, evaluate)
+                job.step([next(source) for _ in range(accumulate)], step)
+                due = step + 1 == steps or (every is not None and (step + 1) % every == 0)
+                if due:
+                    logger.info("obc.recover: step %d of %d: loss %.4g", step + 1, steps, report.losses[-1])
+                    job.evaluate(step + 1, evaluate)
+                if due and checkpoint is not None:
+                    save_training(checkpoint, step + 1, trained.model, job.optimizer, report, identity)
     finally:
-        trained.merge()
+        with without_autocast():
+            trained.merge()
         for module, flag in flags.items():
             module.training = flag
         report.seconds = time.perf_counter() - started
@@ -172,7 +175,7 @@ class _Training:
 
     trained: Trained
     teacher: nn.Module
-    distillation: Distillation
+    loss_of: Callable[[nn.Module, nn.Module, Any], Tensor]
     steps: int
     lr: float
     weight_decay: float
@@ -183,6 +186,7 @@ class _Training:
     def __post_init__(self) -> None:
         self.report.trained_parameters = sum(parameter.numel() for parameter in self.trained.parameters)
         self.optimizer = torch.optim.AdamW(_groups(self.trained, self.weight_decay), lr=self.lr)
+        self.optimizer.zero_grad()  # of the caller's backwards
         self.schedule = _cosine(self.steps, self.warmup)
 
     def step(self, batches: Sequence[Any], number: int) -> None:
@@ -191,7 +195,7 @@ class _Training:
         total = 0.0
         with self.trained.accumulate():
             for batch in batches:
-                loss = self.distillation.loss(self.trained.model, self.teacher, batch) / len(batches)
+                loss = self.loss_of(self.trained.model, self.teacher, batch) / len(batches)
                 total += _finite(loss, number)
                 loss.backward()
         norm = nn.utils.clip_grad_norm_(self.trained.parameters, math.inf if self.clip is None else self.clip)
@@ -218,13 +222,22 @@ class _Training:
         logger.info("obc.recover: step %d: %.5g", step, value)
 
 
-def _check(steps: int, lr: float, accumulate: int, warmup: float, every: int | None) -> None:
+def _check(
+    steps: int, lr: float, accumulate: int, warmup: float, every: int | None, weight_decay: float, clip: float | None
+) -> None:
     for name, value in (("steps", steps), ("accumulate", accumulate), ("every", 1 if every is None else every)):
         positive(name, value)
-    number("lr", lr)
+    number("lr", lr, finite=True)
     number("warmup", warmup)
+    number("weight_decay", weight_decay, finite=True)
     if not lr > 0:
         raise ValueError(f"lr must be positive, got {lr}")
+    if weight_decay < 0:
+        raise ValueError(f"weight_decay must not be negative, got {weight_decay}")
+    if clip is not None:
+        number("clip", clip)
+        if not clip > 0:
+            raise ValueError(f"clip is the largest gradient norm, above 0, got {clip}; None does not clip")
     if not 0 <= warmup < 1:
         raise ValueError(f"warmup is a share of the steps, in [0, 1), got {warmup}")
 
@@ -310,6 +323,7 @@ def _endless(batches: Iterable[Any], skip: int) -> Iterator[Any]:
         before = count
         for batch in batches:
             if count >= skip:
+                refuse_empty(count - before, batch)
                 yield usable_in_autograd(batch)
             count += 1
         if count == before:

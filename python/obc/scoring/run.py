@@ -95,7 +95,7 @@ def score(
             raise TypeError(f"obc.score got an unexpected keyword argument {unknown[0]!r}{meant(unknown[0], known)}")
         positive("every", every)
         refuse_uncallable(loss_fn=loss_fn)
-        number("loss_scale", loss_scale)
+        number("loss_scale", loss_scale, finite=True)
         if not labels:
             loss_fn = label_free_loss(loss_fn, rows=rows, seed=seed)
         elif loss_fn is None:
