@@ -364,13 +364,18 @@ def test_nothing_to_score_on_or_by() -> None:
         obc.prune(model, EXAMPLE, [], loss)
     with pytest.raises(ValueError, match="batches is empty"):
         obc.prune(model, EXAMPLE, iter([]), loss)
+    empty = [(images[:0], labels[:0]) for images, labels in batches(3)]
+    with pytest.raises(ValueError, match=r"3 of 3 batches are not usable.*batch 0: it has no samples.*leave empty"):
+        obc.prune(model, EXAMPLE, empty, loss)
+    with pytest.raises(ValueError, match=r"batch 0: loss_fn returned torch\.complex64; return a real number"):
+        obc.prune(model, EXAMPLE, batches(), lambda model, batch: loss(model, batch) * 1j)
     with pytest.raises(ValueError, match="batches is missing"):
         obc.prune(model, EXAMPLE)
     with pytest.raises(ValueError, match=r"got function; without example_inputs.*by keyword"):
         obc.prune(model, batches(), loss)
     with pytest.raises(ValueError, match="loss_fn is needed"):
         obc.prune(model, EXAMPLE, batches())
-    with pytest.raises(ValueError, match=r"no layer can be pruned.*head"):
+    with pytest.raises(ValueError, match=r"no layer can be pruned.*head.*it is one of ignored_layers"):
         obc.prune(model, EXAMPLE, batches(), loss, ignored_layers=["stem", "blocks"])
     with pytest.raises(ValueError, match=r"only transformers models.*pass example_inputs"):
         obc.prune(model, None, batches(), loss)

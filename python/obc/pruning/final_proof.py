@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from obc.model.arguments import listed
+from obc.model.arguments import listed, no_batches
 from obc.model.errors import layer_in
 from obc.model.evaluation import Run
 from obc.model.kept import narrowed, staying
 from obc.model.names import is_within, joined, named_modules, named_tensors
 from obc.model.shared_copy import shared_copy
-from obc.model.usable_batches import all_finite
+from obc.model.usable_batches import UsableBatches, all_finite
 from obc.pruning.report import PruningReport
 from obc.structures.comparison import Difference, compare, observe, run_alike
 from obc.structures.masking import Lost, lost_channels, masked_copy, unmaskable
@@ -27,13 +27,20 @@ from obc.structures.reaching import in_train_mode
 _MODEL = "the whole model"
 
 
-def first_finite(batches: Iterable[Any]) -> Any:
-    """The first batch whose floating tensors are finite, or the first batch if there is none."""
+def first_finite(batches: UsableBatches) -> Any:
+    """The first batch whose floating tensors are finite, or the first batch if there is none.
+
+    Raises:
+        ValueError: no batch has samples.
+    """
     first = None
     for number, batch in enumerate(batches):
         first = batch if number == 0 else first
         if all_finite(batch):
             return batch
+    if first is None:
+        batches.refuse_many()
+        raise ValueError(no_batches("score"))
     return first
 
 

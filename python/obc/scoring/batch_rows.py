@@ -154,6 +154,8 @@ def checked_loss(index: int, loss: Any, rows: RowKind, error: type[ValueError] =
             f"batch {index}: the loss has no graph ({loss}); compute it from the model's output without "
             "no_grad, detach or .item()"
         )
+    if loss.is_complex():
+        raise error(f"batch {index}: loss_fn returned {loss.dtype}; return a real number, such as its abs() or real")
     returned = f"batch {index}: loss_fn returned shape {tuple(loss.shape)}, but rows={rows!r} needs"
     if rows == "batch" and loss.numel() != 1:
         raise error(f"{returned} a scalar; take its mean, or score with rows='sample'")

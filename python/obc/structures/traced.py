@@ -193,7 +193,8 @@ class TorchPruningStructure:
         for name, module in self._modules.items():
             parent = self._modules.get(name.rpartition(".")[0])
             if name not in named and not isinstance(parent, nn.MultiheadAttention):
-                found |= {one: why for one, why in kept_whole(name, module, self._usage) if one not in named}
+                ignored = "it is one of ignored_layers" if name in self._finder.ignored else None
+                found |= {one: ignored or why for one, why in kept_whole(name, module, self._usage) if one not in named}
         return found
 
     @property
