@@ -122,8 +122,9 @@ class Scores(ByName[ChannelScores]):
 
         Args:
             groups: groups of the model as it was scored, for example from :func:`obc.transformer_groups`.
-            slices: "all" is the paper's sum over every slice. "gate" places one gate on each unit: its consumers' rows
-                are added before squaring (without rows, their scores are added).
+            slices: "all" is the paper's sum over every slice. "gate", which ``obc.prune`` takes unless told otherwise,
+                places one gate on each unit: its consumers' rows are added before squaring (without rows, their scores
+                are added).
 
         Raises:
             ValueError: an unknown ``slices``, two groups with one name, or groups of a model with other widths.
