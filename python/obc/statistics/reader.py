@@ -155,13 +155,10 @@ def consumers(model: nn.Module, groups: Groups) -> tuple[dict[str, nn.Module], d
     found: dict[str, nn.Module] = {}
     unread: dict[str, Coverage] = {}
     if groups is None:
-        for name, module in modules.items():
-            if _has_inputs(module):
-                if (reason := complex_weight(module)) is None:
-                    found[name] = module
-                else:
-                    unread[name] = Coverage.unread(reason)
-        return found, unread
+        found = {name: module for name, module in modules.items() if _has_inputs(module)}
+        reasons = {name: reason for name, module in found.items() if (reason := complex_weight(module)) is not None}
+        unread = {name: Coverage.unread(reason) for name, reason in reasons.items()}
+        return {name: module for name, module in found.items() if name not in unread}, unread
     for group in groups:
         for part in group.consumers:
             module = modules.get(part.module)
