@@ -138,6 +138,22 @@ def test_a_weight_normalised_as_a_whole_keeps_its_own_rows() -> None:
     assert_parity(scores, oracle.scores(model, batches, loss_of))
 
 
+class DetachedLinear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.detach(), self.bias)
+
+
+def test_a_weight_without_a_gradient_is_not_taken_for_a_normalised_one() -> None:
+    torch.manual_seed(0)
+    model, batches = network(DetachedLinear(24, 8), unit_rows), data()
+    model(batches[0][0])
+
+    scores = obc.score(model, batches, loss_of)
+
+    assert scores.coverage["2"].how == "weight gradient"
+    assert_parity(scores, oracle.scores(model, batches, loss_of))
+
+
 @pytest.mark.parametrize(
     ("layer", "modules"),
     [(BoundedLinear(24, 8), None), (NormalisedLinear(24, 8), {"2": ["out"], "5": ["in"]})],

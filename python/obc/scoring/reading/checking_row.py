@@ -289,6 +289,8 @@ def _unless_normalised(
     The loss does not change with the scale of a channel that forward normalises, so w . dL/dw = 0 (Euler). The weight v
     that it makes of it acts: the gates read v . dL/dv of out and in channels, which have the same sum.
     """
+    if not source.unbiased:  # a bias alone has a gradient
+        return reason
     rows = [(_gates(slot), slot.of(slot.flat.reference), source.unbiased[slot]) for slot in source.slots]
     # Biases, whose row the gates read too, are what the reference has beside the weight's row.
     computed = [gates - (reference - weight) for gates, reference, weight in rows]
