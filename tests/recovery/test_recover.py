@@ -143,12 +143,12 @@ def with_old_gradients(model: nn.Module) -> Any:
     return contextlib.nullcontext()
 
 
-@pytest.mark.parametrize("around", [with_old_gradients, lambda model: torch.no_grad()], ids=["gradients", "no-grad"])
-def test_what_the_caller_did_before_does_not_change_a_run(around: Any) -> None:
+@pytest.mark.parametrize("entered", [with_old_gradients, lambda model: torch.no_grad()], ids=["gradients", "no-grad"])
+def test_what_the_caller_did_before_does_not_change_a_run(entered: Any) -> None:
     pruned, teacher, _ = networks()
     other = copy.deepcopy(pruned)
     obc.recover(pruned, teacher, BATCHES, steps=2, lr=0.01, progress=False)
-    with around(other):
+    with entered(other):
         obc.recover(other, teacher, BATCHES, steps=2, lr=0.01, progress=False)
     for name, value in pruned.state_dict().items():
         assert torch.equal(other.state_dict()[name], value), name

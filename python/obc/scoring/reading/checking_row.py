@@ -297,7 +297,7 @@ def _unless_normalised(
     largest = [
         (float(weight.abs().max()), float(one.abs().max())) for (*_, weight), one in zip(rows, computed, strict=True)
     ]
-    if all(of_weight > _NORMALISED * of_gates for of_weight, of_gates in largest):
+    if all(own > _NORMALISED * gated for own, gated in largest):
         return reason
     flat = source.slots[0].flat
     allowed = _tolerance(half or flat.dtype, flat.device) * float(sum(one.abs().sum() for one in computed))
