@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from obc.model.arguments import instance, iterable_batches
+from obc.model.arguments import instance, iterable_batches, positive
 from obc.model.evaluation import ForwardFn, call_on_batch, device_of, evaluating, main_output
 from obc.model.usable import refuse_non_modules
 
@@ -21,7 +21,7 @@ class Perplexity:
     """Perplexity and its spread.
 
     Attributes:
-        perplexity: exp of the mean loss per token.
+        perplexity: exp of the mean loss per token; infinite beyond 709 nats.
         losses: (windows,) float64: the mean loss of each window's predicted tokens, in nats.
         counts: (windows,) int64: how many tokens each window predicts.
         standard_error: standard error of the mean loss in nats, over windows; nan for a single window.
@@ -60,7 +60,9 @@ def perplexity(
     """
     refuse_non_modules(model)
     stride = length if stride is None else stride
-    if length < 2 or not 1 <= stride <= length:
+    for name, value in (("length", length), ("stride", stride), ("batch_size", batch_size)):
+        positive(name, value)
+    if length < 2 or stride > length:
         raise ValueError(f"length must be at least 2 and stride in [1, length], got length={length}, stride={stride}")
     instance("tokens", tokens, Tensor, "a tensor of token ids")
     if tokens.dim() != 1 or len(tokens) < 2:
@@ -78,9 +80,9 @@ def perplexity(
     found, weights = torch.stack(losses), torch.tensor(counts, device="cpu")
     if not bool(found.isfinite().all()):
         raise ValueError(f"the loss of window {int((~found.isfinite()).nonzero()[0])} is not finite")
-    mean = float((found * weights).sum() / weights.sum())
+    mean = (found * weights).sum() / weights.sum()
     error = float(found.std() / math.sqrt(len(found))) if len(found) > 1 else math.nan
-    return Perplexity(math.exp(mean), found, weights, error)
+    return Perplexity(float(mean.exp()), found, weights, error)
 
 
 def _window_batches(size: int, length: int, stride: int, batch_size: int) -> Iterable[list[tuple[int, int, int]]]:

@@ -61,11 +61,27 @@ def test_every_token_but_the_first_is_predicted_with_overlap() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"length": 1}, "at least 2"), ({"length": 4, "stride": 5}, "stride=5"), ({"length": 4, "stride": 0}, "stride=0")],
+    [
+        ({"length": 1}, "at least 2"),
+        ({"length": 4.0}, "length must be a positive integer, got 4.0"),
+        ({"length": 4, "stride": 5}, "stride=5"),
+        ({"length": 4, "stride": 0}, "stride must be a positive integer, got 0"),
+        ({"length": 4, "batch_size": 0}, "batch_size must be a positive integer, got 0"),
+        ({"length": 4, "batch_size": -1}, "batch_size must be a positive integer, got -1"),
+    ],
 )
 def test_bad_windows_are_refused(arguments: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         quality.perplexity(Bigram(), torch.randint(0, 11, (20,)), **arguments)
+
+
+def test_a_loss_beyond_what_exp_can_hold_is_an_infinite_perplexity() -> None:
+    model = Bigram()
+    with torch.no_grad():
+        model.table.mul_(1e4)
+    found = quality.perplexity(model, torch.randint(0, 11, (20,)), length=8)
+    assert found.perplexity == float("inf")
+    assert found.losses.isfinite().all()
 
 
 def test_a_loss_that_is_not_finite_is_named() -> None:
