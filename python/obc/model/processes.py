@@ -11,8 +11,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import Any
 
 import torch
@@ -146,6 +147,10 @@ class Processes:
         least = torch.tensor(numbers, dtype=torch.int64, device="cpu")
         self._reduce([least], "MIN")
         return least.tolist()
+
+    def in_all(self, names: Collection[str], here: Collection[str]) -> list[str]:
+        """Those of the names that are ``here`` in every process."""
+        return list(compress(names, self.least([name in here for name in names])))
 
     def share(self, tensors: Iterable[Tensor]) -> None:
         """Replace every tensor, in place, by the first process's."""

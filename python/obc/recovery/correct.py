@@ -197,10 +197,8 @@ class CorrectRun:
 
     def _called_after(self, chain: list[str]) -> set[str]:
         """The modules called only after the chain, if the models can be run from its end."""
-        names = [name for name, _ in self.original.named_modules()]
         found = called_after(self.original, chain, partial(self._whole(self.original), 0))
-        agreed = self.options.processes.least([name in found for name in names])
-        return {name for name, everywhere in zip(names, agreed, strict=True) if everywhere}
+        return set(self.options.processes.in_all(dict(self.original.named_modules()), found))
 
     def _unchanged(self, norms: Sequence[str], chain: list[str]) -> bool:
         """Whether these norms before the chain read the same in both models, so that they need no new statistics."""

@@ -234,9 +234,8 @@ class LeastSquaresRun:
         modules = {name: self.original.get_submodule(name) for name in consumers}
         batch = next(iter(self.calibration))
         calls = observe(partial(self.options.forward, self.original, batch), modules, set(), whole=self.original).calls
-        summed = [bool(calls.get(name)) and all(call.summed for call in calls[name]) for name in consumers]
-        agreed = processes.least([int(found) for found in summed])
-        off_stream = {name for name, on_stream in zip(consumers, agreed, strict=True) if not on_stream}
+        summed = [name for name, own in calls.items() if all(call.summed for call in own)]
+        off_stream = set(consumers).difference(processes.in_all(consumers, summed))
         ordered = in_execution_order(consumers, list(calls), processes)
         self.scopes = {name: name if name in off_stream else calls[name][0].scope for name in ordered}
         return ordered, off_stream

@@ -64,8 +64,7 @@ def unfused(
     """
     sliced = sliced_experts(pruned, original)
     readable = _readable(original, sliced, batch, forward) if sliced else set()
-    agreed = processes.least([int(name in readable) for name in sliced])
-    chosen = [name for name, found in zip(sliced, agreed, strict=True) if found]
+    chosen = processes.in_all(sliced, readable)
     entries: dict[str, Kept] = {}
     changed: list[nn.Module] = []
     try:
