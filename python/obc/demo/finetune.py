@@ -11,6 +11,7 @@ import copy
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -145,15 +146,13 @@ def _prune(recipe: Recipe, criterion: Ranking, data: Digits, seed: int) -> Prune
 
 def _best(way: Way, pruned: Pruned, data: Digits, seed: int) -> tuple[float, float]:
     """(learning rate, test accuracy) of the learning rate that does best on the validation split."""
-    best: tuple[tuple[float, float], float, nn.Module] | None = None
+    tried = []
     for rate in LEARNING_RATES:
         seeded(seed)
         model = way.train(pruned, data, rate, seed)
         merit = (accuracy(model, data.validation), -_loss(model, data.validation))  # the loss breaks ties
-        if best is None or merit > best[0]:
-            best = (merit, rate, model)
-    assert best is not None
-    _, rate, model = best
+        tried.append((merit, rate, model))
+    _, rate, model = max(tried, key=itemgetter(0))
     return rate, accuracy(model, data.test)
 
 

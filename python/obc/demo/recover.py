@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
 from obc.demo.data import Split
+from obc.model.hooks import replaced
 from obc.recovery import PruningPlan, compensate, recalibrate_norms
 from obc.recovery.calibration import batch_norms
 
@@ -40,19 +40,8 @@ def recovered(
         values[RECALIBRATED] = measure(model)
     for way, mode in ((LEAST_SQUARES, "ls"), (SEQUENTIAL, "seq")):
         model = copy.deepcopy(pruned)
-        with _many_passes_expected():
+        # Without the warning that "seq" takes many passes: here they take a second.
+        with replaced(logging.getLogger("obc.compensate"), disabled=True):
             compensate(model, original, plan, batches, mode=mode, progress=False)  # type: ignore[arg-type]
         values[way] = measure(model)
     return values
-
-
-@contextmanager
-def _many_passes_expected() -> Iterator[None]:
-    """Without the warning that ``"seq"`` takes many passes: here they take a second."""
-    logger = logging.getLogger("obc.compensate")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
