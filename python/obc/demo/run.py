@@ -30,6 +30,7 @@ from obc.demo.data import Digits, digits
 from obc.demo.models import IMAGE_SIZE, ResidualCNN, Transformer
 from obc.demo.recover import recovered
 from obc.demo.train import accuracy, train
+from obc.integrations.torch_pruning.removable import removed_groups
 from obc.model.timing import median_seconds
 from obc.recovery import PruningPlan
 from obc.structures.traced_plan import prune_step
@@ -260,9 +261,7 @@ def scoring(model: nn.Module, criterion: Ranking, data: Digits) -> Callable[[], 
     """A call that scores all groups of ``model`` once, data included."""
     importance = criterion.importance()
     pruner = make_pruner(model, importance)
-    groups = list(
-        pruner.DG.get_all_groups(ignored_layers=pruner.ignored_layers, root_module_types=pruner.root_module_types)
-    )
+    groups = list(removed_groups(pruner))
 
     def score() -> None:
         criterion.score(importance, pruner, data.train)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from obc.integrations.torch_pruning.criterion_importance import CriterionImportance
 from obc.integrations.torch_pruning.gradient_rows import GradientRows
-from obc.integrations.torch_pruning.removable import removable_sides
+from obc.integrations.torch_pruning.removable import removable_sides, removed_side, roots_of
 from obc.model.evaluation import LossFn
 from obc.model.rules import Rule, channel_count, rule_for
 from obc.scoring.results.scores import ChannelScores, Scores
@@ -214,7 +214,7 @@ class JacobianImportance(GroupMagnitudeImportance):
             channels = lookup.channels(dep) if idxs else None
             if channels is None:
                 continue
-            roots = idxs if item is group[0] else _root_idxs(item)
+            roots = roots_of(item, group)
             if roots is None:
                 self._say_uncoupled(lookup.name_of(dep.target.module))
                 continue
@@ -316,9 +316,7 @@ class _Lookup:
             return None
         if isinstance(target, nn.PReLU) and target.num_parameters == 1:
             return None  # a single slope for all channels is not pruned
-        # Norms, depthwise convolutions and similar layers have one handler for both sides, named after the output.
-        out = dep.handler == dep.handler.__self__.prune_out_channels
-        return self._side(name, target, rule, out)
+        return self._side(name, target, rule, out=removed_side(dep) == "out")
 
     def _side(self, name: str, module: nn.Module, rule: Rule, out: bool) -> Tensor | None:
         axis = _out_axis(module, rule) if out else rule.in_axis
@@ -379,14 +377,6 @@ class _Lookup:
     def _note_unscored(self, name: str, default: str) -> None:
         found = getattr(self._scores, "coverage", {}).get(name)
         self.unscored[name] = default if found is None else str(found.reason or found)
-
-
-def _root_idxs(item: Any) -> list[int] | None:
-    """The root index of each index of a group's item; None if Torch-Pruning left it without."""
-    root_idxs = getattr(item, "root_idxs", None)
-    if root_idxs is None or any(root is None for root in root_idxs):
-        return None
-    return list(root_idxs)
 
 
 def _out_axis(module: nn.Module, rule: Rule) -> int:

@@ -20,8 +20,9 @@ from obc.criteria import Subject, get
 from obc.criteria.protocol import CriterionError, name_of
 from obc.criteria.refusals import refuse_unread, said_of
 from obc.criteria.scoring import functional_loss, needed, scores_of_read
+from obc.integrations.torch_pruning.removable import removed_side, roots_of
 from obc.model.evaluation import ForwardFn, LossFn, call_on_batch
-from obc.model.groups import ChannelGroup, Slice
+from obc.model.groups import ChannelGroup, Side, Slice
 from obc.model.usable_batches import UsableBatches
 from obc.statistics.results import Statistics
 from obc.statistics.run import collect
@@ -152,20 +153,18 @@ def channel_group(group: Any, model: nn.Module) -> ChannelGroup | None:
     names = {module: name for name, module in model.named_modules()}
     roots = list(group[0][1])
     place = {root: index for index, root in enumerate(roots)}
-    slices: dict[tuple[str, str], list[list[int]]] = {}
+    slices: dict[tuple[str, Side], list[list[int]]] = {}
     for item in group:
         dep, channels = item[0], list(item[1])
-        module = dep.target.module
-        item_roots = roots if item is group[0] else getattr(item, "root_idxs", None)
-        if module not in names or item_roots is None or any(root is None for root in item_roots):
+        module, item_roots = dep.target.module, roots_of(item, group)
+        if module not in names or item_roots is None:
             continue
-        side = "out" if dep.handler == dep.handler.__self__.prune_out_channels else "in"
-        table = slices.setdefault((names[module], side), [[] for _ in roots])
+        table = slices.setdefault((names[module], removed_side(dep)), [[] for _ in roots])
         for channel, root in zip(channels, item_roots, strict=True):
             if channel not in table[place[root]]:
                 table[place[root]].append(channel)
     parts = [
-        Slice(name, side, torch.tensor(table, dtype=torch.int64, device="cpu"))  # type: ignore[arg-type]
+        Slice(name, side, torch.tensor(table, dtype=torch.int64, device="cpu"))
         for (name, side), table in slices.items()
         if len({len(channels) for channels in table}) == 1
         and table[0]
