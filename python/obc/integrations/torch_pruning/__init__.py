@@ -319,7 +319,7 @@ class _Lookup:
         return self._side(name, target, rule, out=removed_side(dep) == "out")
 
     def _side(self, name: str, module: nn.Module, rule: Rule, out: bool) -> Tensor | None:
-        axis = _out_axis(module, rule) if out else rule.in_axis
+        axis = rule.out_axis if out else rule.in_axis
         values = None
         if name in self._scores:
             values = self._scores[name].out_channels if out else self._scores[name].in_channels
@@ -362,8 +362,8 @@ class _Lookup:
         rule = rule_for(owner)
         if isinstance(rule, Rule) and attribute == rule.bias:
             return None  # counted with the layer's weight
-        if isinstance(rule, Rule) and attribute == rule.weight and axis in (_out_axis(owner, rule), rule.in_axis):
-            return self._side(owner_name, owner, rule, axis == _out_axis(owner, rule))
+        if isinstance(rule, Rule) and attribute == rule.weight and axis in (rule.out_axis, rule.in_axis):
+            return self._side(owner_name, owner, rule, axis == rule.out_axis)
         self._note_unscored(name, "a parameter of no scored layer")
         return None
 
@@ -377,10 +377,6 @@ class _Lookup:
     def _note_unscored(self, name: str, default: str) -> None:
         found = getattr(self._scores, "coverage", {}).get(name)
         self.unscored[name] = default if found is None else str(found.reason or found)
-
-
-def _out_axis(module: nn.Module, rule: Rule) -> int:
-    return int(getattr(module, rule.weight).dim()) - 1 if rule.elementwise else rule.out_axis
 
 
 def _reduce_layers(reduction: str | None, parts: list[Tensor], covered: list[Tensor]) -> Tensor:

@@ -80,8 +80,7 @@ class GradientRows:
         if not isinstance(weight, nn.Parameter):
             self._unscored[name] = "a parametrisation computes its weight, so the weight has no gradient"
             return
-        out_axis = weight.dim() - 1 if rule.elementwise else rule.out_axis
-        out = self._slot(name, weight, out_axis, channel_count(module, rule, out_axis))
+        out = self._slot(name, weight, rule.out_axis, channel_count(module, rule, rule.out_axis))
         in_ = None
         if rule.in_axis is not None:
             in_ = self._slot(name, weight, rule.in_axis, channel_count(module, rule, rule.in_axis))
