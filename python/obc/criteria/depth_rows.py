@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from obc.model.evaluation import LossFn, first_floating
+from obc.model.evaluation import LossFn, first_floating, seek
 from obc.model.groups import ChannelGroup
 from obc.model.hooks import hooked
 from obc.scoring.results.kept_rows import ChannelRows
@@ -42,8 +42,7 @@ class DepthRows:
 
     def seek(self, row: int, sample: int) -> None:
         """The next call belongs to batch ``row``, from ``sample`` on."""
-        if (seek := getattr(self._loss_fn, "seek", None)) is not None:
-            seek(row, sample)
+        seek(self._loss_fn, row, sample)
         if sample == 0:
             self._parts = {part: found for part, found in self._parts.items() if part[0] != row}
         self._part = (row, sample)

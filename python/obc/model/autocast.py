@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
-Function = TypeVar("Function", bound=Callable[..., Any] | None)
+from obc.model.evaluation import Function, with_state_of
 
 
 def _enabled() -> list[tuple[str, torch.dtype]]:
@@ -88,11 +88,7 @@ def in_present_autocast(function: Function) -> Function:
         with autocast():
             return function(*args, **kwargs)
 
-    # Losses with a state, such as label-free ones, are told by these names which row comes, and name themselves.
-    for name in ("seek", "identity"):
-        if hasattr(function, name):
-            setattr(call, name, getattr(function, name))
-    return call  # type: ignore[return-value]
+    return with_state_of(function, call)  # type: ignore[return-value]
 
 
 def tf32_is_allowed() -> bool:

@@ -8,7 +8,7 @@ import dataclasses
 import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from obc.model.hooks import hooked, replaced
 
 ForwardFn = Callable[[nn.Module, Any], Any]
 LossFn = Callable[[nn.Module, Any], Tensor]
+Function = TypeVar("Function", bound=Callable[..., Any] | None)
 # Runs a model on inputs that are always the same.
 Run = Callable[[nn.Module], Any]
 
@@ -61,6 +62,20 @@ def call_on_batch(model: nn.Module, batch: Any) -> Any:
     remedy = "pass forward_fn(model, batch) that calls it in the right way"
     with explained(model, f"calling it on a batch ({type(batch).__name__})", remedy):
         return _call_on_batch(model, batch)
+
+
+def seek(loss_fn: LossFn, row: int, sample: int) -> None:
+    """Tell a loss with a state, such as a label-free one, that the next call begins at this sample of this row."""
+    if hasattr(loss_fn, "seek"):
+        loss_fn.seek(row, sample)
+
+
+def with_state_of(function: Any, call: Function) -> Function:
+    """``call``, under the names by which a loss with a state is told which row comes, and names itself."""
+    for name in ("seek", "identity"):
+        if hasattr(function, name):
+            setattr(call, name, getattr(function, name))
+    return call
 
 
 def with_outputs(model: nn.Module, run: Callable[[], Any]) -> tuple[Any, list[Any]]:

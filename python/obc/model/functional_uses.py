@@ -8,8 +8,8 @@ a layer for unused, or miss some of its uses. Here a functional use that compute
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,9 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from obc.model.evaluation import Function, with_state_of
 from obc.model.linear_like import acts_as_linear, is_linear
 from obc.model.watched_weights import Lasting, Use, WeightWatch, computes_its_weight, follow, how_made
-
-Function = TypeVar("Function", bound=Callable[..., Any] | None)
 
 _CONVOLUTIONS = {F.conv1d: nn.Conv1d, F.conv2d: nn.Conv2d, F.conv3d: nn.Conv3d}
 _KINDS: dict[Any, type[nn.Module]] = {F.linear: nn.Linear, F.embedding: nn.Embedding, **_CONVOLUTIONS}
@@ -232,8 +231,4 @@ def calling_layers(function: Function, first: int | None = None) -> Function:
         return result
 
     call.calls_layers, call.other_uses = True, dict[str, str]()  # type: ignore[attr-defined]
-    # Losses with a state, such as label-free ones, are told by these names which row comes, and name themselves.
-    for name in ("seek", "identity"):
-        if hasattr(function, name):
-            setattr(call, name, getattr(function, name))
-    return call  # type: ignore[return-value]
+    return with_state_of(function, call)  # type: ignore[return-value]

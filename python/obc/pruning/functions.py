@@ -13,8 +13,8 @@ from obc.model.arguments import one_of, refuse_uncallable
 from obc.model.autocast import in_present_autocast
 from obc.model.batches import RowKind
 from obc.model.errors import PruningError, on_batch
-from obc.model.evaluation import ForwardFn, LossFn, Run, call, call_on_batch, with_outputs
-from obc.model.functional_uses import Function, calling_layers
+from obc.model.evaluation import ForwardFn, Function, LossFn, Run, call, call_on_batch, with_outputs
+from obc.model.functional_uses import calling_layers
 from obc.scoring.label_free import label_free_loss
 
 

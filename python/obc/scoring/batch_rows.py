@@ -12,7 +12,7 @@ from torch import Tensor
 from obc.model.arguments import positive
 from obc.model.batches import RowKind, part_of, parts_of, refuse_empty, samples_in
 from obc.model.errors import on_batch
-from obc.model.evaluation import LossFn
+from obc.model.evaluation import LossFn, seek
 from obc.scoring.errors import RowError, SampleRowsError
 from obc.scoring.scorer import JacobianScorer
 
@@ -74,7 +74,7 @@ class BatchRows:
             return
         if samples < 2:
             return
-        self._seek(index, 0)
+        seek(self.loss_fn, index, 0)
         devices = [device for device in self.scorer.devices if device.type == "cuda"]
         try:
             with torch.random.fork_rng(devices), self.scorer.check_on_a_sample():
@@ -118,7 +118,7 @@ class BatchRows:
         """Raise if spreading look-ups over the samples changed the losses."""
         if not self.scorer.spread:
             return
-        self._seek(index, start)
+        seek(self.loss_fn, index, start)
         with torch.no_grad():  # no gate is on
             plain = self.loss_fn(self.scorer.model, part)
         if plain.shape != losses.shape or not torch.allclose(plain, losses, rtol=_SAME_LOSS, equal_nan=True):
@@ -126,11 +126,11 @@ class BatchRows:
 
     def _parts(self, index: int, batch: Any) -> Iterator[tuple[Any, float, int]]:
         """The parts of a batch, each with its share of the samples and the index of its first sample."""
-        self._seek(index, 0)
+        seek(self.loss_fn, index, 0)
         size = 1 if self.one_at_a_time else self.micro_batch
         samples = None if size is None else self._samples_in(batch)
         for part, start, share in parts_of(batch, size, samples, self._read):
-            self._seek(index, start)
+            seek(self.loss_fn, index, start)
             yield part, share, start
 
     def _samples_in(self, batch: Any) -> int:
@@ -138,11 +138,6 @@ class BatchRows:
             return samples_in(batch)
         # This pass belongs to no row. It needs a graph if the loss differentiates the model's outputs itself.
         return self.loss_fn(self.scorer.model, batch).numel()
-
-    def _seek(self, row: int, sample: int) -> None:
-        """Seek the loss's random numbers: the same ones however the batch is split, and in a repeated row."""
-        if (seek := getattr(self.loss_fn, "seek", None)) is not None:
-            seek(row, sample)
 
 
 def checked_loss(index: int, loss: Any, rows: RowKind, error: type[ValueError] = ValueError) -> Tensor:

@@ -4,28 +4,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from obc.model.batches import RowKind, parts_of
 from obc.model.errors import on_batch
-from obc.model.evaluation import LossFn
+from obc.model.evaluation import LossFn, seek
 from obc.scoring.batch_rows import checked_loss
 from obc.scoring.reading.single_samples import guard
 from obc.statistics.errors import StatisticsError
 from obc.statistics.reader import Readers
-
-
-class SeekableLoss(Protocol):
-    """A loss function that is told which batch comes next, and from which of its samples on."""
-
-    def seek(self, row: int, sample: int) -> None:
-        """The next call belongs to batch ``row``, from ``sample`` on."""
-
-    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
-        """The loss."""
 
 
 class WatchedLoss:
@@ -45,8 +35,7 @@ class WatchedLoss:
 
     def seek(self, row: int, sample: int) -> None:
         """The next call belongs to batch ``row``, from ``sample`` on."""
-        if (seek := getattr(self._loss_fn, "seek", None)) is not None:
-            seek(row, sample)
+        seek(self._loss_fn, row, sample)
         if sample == 0:
             self.losses.clear()
             self._readers.begin()
@@ -70,14 +59,14 @@ class WatchedLoss:
             reader.backward_begins()
 
 
-def run_backward(model: nn.Module, loss: SeekableLoss, index: int, batch: Any, rows: RowKind, size: int | None) -> None:
+def run_backward(model: nn.Module, loss: LossFn, index: int, batch: Any, rows: RowKind, size: int | None) -> None:
     """Forward and backward of one batch, when no rows are read.
 
     Raises:
         StatisticsError: the loss has no graph, or its shape does not fit ``rows``.
     """
     for part, start, share in parts_of(batch, size):
-        loss.seek(index, start)
+        seek(loss, index, start)
         with on_batch(model, part, index):
             losses = loss(model, part)
         losses = checked_loss(index, losses, rows, StatisticsError)
