@@ -43,8 +43,9 @@ def batches(
     size: int | None = None,
     length: int = SEQUENCE,
     seed: int = 0,
+    device: torch.device | None = None,
 ) -> list[dict[str, Tensor]]:
-    """Up to ``count`` batches of ``size`` samples, on the model's device; fewer if the data ends before.
+    """Up to ``count`` batches of ``size`` samples; fewer if the data ends before.
 
     Text is cut into sequences of exactly ``--seq-len`` tokens. Documents follow one another, separated by the
     tokenizer's end token, so there is no padding.
@@ -52,13 +53,14 @@ def batches(
     Args:
         parsed: ``--data``, a .txt or .jsonl file, or a folder of images (with one folder per class if the loss needs
             labels), and ``--seq-len``.
-        model: the model; its configuration and device are used.
+        model: the model; its configuration is used.
         source: the model's directory, with the tokenizer or the image processor.
         loss: one of ``model_directory.LOSSES`` except "auto".
         count: number of batches; by default ``--batches``.
         size: samples per batch; by default ``--batch-size``.
         length: tokens per sequence without ``--seq-len``; fewer if the model has positions for fewer.
         seed: seed of masks and of the order of images.
+        device: where the batches lie; by default where the model does.
     """
     data = parsed.data
     count, size = count or parsed.batches, size or parsed.batch_size
@@ -75,7 +77,7 @@ def batches(
         made = _token_batches(data, model, source, loss, count, size, (parsed.seq_len, length), seed)
     else:
         raise UsageError(f"--data {data}: expected a .txt file, a .jsonl file or a folder of images")
-    device = device_of(model)
+    device = device or device_of(model)
     return [{name: value.to(device) for name, value in batch.items()} for batch in made]
 
 

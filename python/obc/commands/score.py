@@ -85,15 +85,13 @@ def run(parsed: argparse.Namespace) -> int:
     model = directory.model
     if parsed.checkpointing:
         model_directory.recompute_activations(model)
-    batches = data.batches(parsed, model, parsed.model, directory.loss, seed=parsed.seed)
+    batches = data.batches(parsed, model, parsed.model, directory.loss, seed=parsed.seed, device=device)
     if len(batches) < parsed.batches:
         say(f"{parsed.data} gives {len(batches)} batches of the {parsed.batches} asked for")
     shorter = "--batches, --batch-size" + ("" if parsed.data.is_dir() else ", --seq-len")
     say(f"reading {len(batches)} batches of {data.shape_of(batches[0])} on {device}; smaller {shorter} take less time")
     loss = model_directory.loss_of(directory.loss, parsed.rows, parsed.seed)
     if parsed.statistics:
-        if parsed.by_block:
-            batches = [{name: value.to(device) for name, value in batch.items()} for batch in batches]
         return _collect(parsed, model, batches, loss, out, device)
     with refusing(ScoringError, ValueError):
         scores = obc.score(
