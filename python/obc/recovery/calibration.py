@@ -15,7 +15,6 @@ from obc.model.autocast import in_present_autocast, without_autocast
 from obc.model.evaluation import ForwardFn, call_on_batch, evaluating, tensors_in
 from obc.model.plan import PruningPlan, refuse_non_plans
 from obc.model.processes import ALONE, Processes, failing_together
-from obc.model.rules import Rule
 from obc.model.usable import refuse_inference_tensors, refuse_non_modules, refuse_one_model
 from obc.model.usable_batches import UsableBatches, all_finite
 from obc.recovery.norm_reference import MomentSums, NormReference, Target, matching
@@ -24,14 +23,6 @@ from obc.statistics.part import Part
 # Outputs are converted to float64 in pieces of this many numbers.
 _PIECE = 2**22
 _NOT_FINITE = "what it gives a BatchNorm is not finite"
-
-
-def channel_rows(x: Tensor, layout: Rule, repeat: int) -> Tensor:
-    """(positions, channels) of a layer's input; after a flatten every column of a channel is a position."""
-    if layout.convolution:
-        return x.movedim(1, -1).reshape(-1, x.shape[1])
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if repeat == 1 else rows.unflatten(1, (-1, repeat)).transpose(1, 2).flatten(0, 1)
 
 
 def outputs(model: nn.Module, batch: Any, forward_fn: ForwardFn) -> list[Tensor]:

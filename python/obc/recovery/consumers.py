@@ -17,7 +17,7 @@ from obc.model.plan import PruningPlan
 from obc.model.processes import Processes
 from obc.model.rules import Rule
 from obc.model.slicing import original_tensor, sliced, was_depthwise
-from obc.recovery.calibration import channel_rows
+from obc.recovery.layer_rows import channel_rows
 from obc.recovery.moments import RegressionMoments, Solution
 
 

@@ -69,10 +69,17 @@ def input_rows(module: nn.Module, layout: Rule, x: Tensor, rows: Any) -> Tensor:
     return taken.unflatten(1, (layout.groups, -1)).flatten(2).transpose(0, 1)
 
 
+def channel_rows(x: Tensor, layout: Rule, repeat: int = 1) -> Tensor:
+    """(positions, channels) of a layer's input or output; after a flatten every column of a channel is a position."""
+    if layout.convolution:
+        return x.movedim(1, -1).reshape(-1, x.shape[1])
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if repeat == 1 else rows.unflatten(1, (-1, repeat)).transpose(1, 2).flatten(0, 1)
+
+
 def output_rows(layout: Rule, y: Tensor, rows: Any) -> Tensor:
     """(blocks, rows, outputs) of a tensor of the layer's output shape, at the same positions."""
-    flat = y.movedim(1, -1).reshape(-1, y.shape[1]) if layout.convolution else y.reshape(-1, y.shape[-1])
-    taken = flat[rows if isinstance(rows, slice) else rows.to(y.device)]
+    taken = channel_rows(y, layout)[rows if isinstance(rows, slice) else rows.to(y.device)]
     return taken.unflatten(1, (layout.groups, -1)).transpose(0, 1)
 
 
