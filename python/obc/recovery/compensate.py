@@ -16,7 +16,7 @@ from torch import nn
 from obc.model.arguments import listed, number, one_of, refuse_uncallable
 from obc.model.autocast import in_present_autocast, without_autocast
 from obc.model.depth import expanded
-from obc.model.evaluation import ForwardFn, call_on_batch, evaluating, without_cache
+from obc.model.evaluation import ForwardFn, call_on_batch, device_of, evaluating, without_cache
 from obc.model.functional_uses import LayerCalls, calling_layers, other_use
 from obc.model.layouts import is_compiled
 from obc.model.plan import PruningPlan, refuse_non_plans
@@ -136,7 +136,7 @@ def compensate(
         refuse_non_plans(plan)
         refuse_uncallable(forward_fn=forward_fn)
         plan.refuse_unknown(pruned_model, "the pruned model")
-        processes = Processes(process_group, next((p.device for p in original_model.parameters()), None))
+        processes = Processes(process_group, device_of(original_model))
         split = _split(UsableBatches.of(batches), held_out, processes)
         forward = calling_layers(in_present_autocast(forward_fn or call_on_batch))
         with (
