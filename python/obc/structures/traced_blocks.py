@@ -8,6 +8,7 @@ groups they are kept only if the proof passes.
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 
 from obc.model.evaluation import Run
 from obc.model.groups import Side
@@ -31,7 +32,8 @@ def offer_blocks(structure: Extensible, run: Run, proof: Proof, kept: Collection
         dims: parameter outside layers -> its dimension of channels; those of blocks are added.
     """
     taken = {(part.module, part.side) for group in structure.groups for part in group.slices}
-    for name, block in Finder(structure.model, _KINDS).blocks.items():
+    for name, found in Finder(structure.model, _KINDS, proved=True).blocks.items():
+        block = _without_mixed(found, taken)
         if _is_free(block, taken, kept) and (own := _dims_of(block)) is not None:
             structure.blocks[name] = block
             dims.update(own)
@@ -44,6 +46,17 @@ def offer_blocks(structure: Extensible, run: Run, proof: Proof, kept: Collection
     proof.left_out |= together.left_out
     for name in structure.blocks.keys() - {group.name for group in structure.groups}:
         del structure.blocks[name]
+
+
+def _without_mixed(block: Block, taken: Collection[tuple[str, Side]]) -> Block:
+    """The block without the sides of layers from heads to heads that another group has.
+
+    Between two such layers, before and after a softmax, lie mixed heads, which are channels of their own.
+    """
+    sides = [(part.module, part.side) for part in block.group.slices]
+    mixing = {name for name, side in sides if side == "in" and (name, "out") in sides}
+    slices = [p for p in block.group.slices if p.module not in mixing or (p.module, p.side) not in taken]
+    return replace(block, group=replace(block.group, slices=tuple(slices)))
 
 
 def _is_free(block: Block, taken: Collection[tuple[str, Side]], kept: Collection[str]) -> bool:

@@ -13,7 +13,7 @@ from obc.structures.transformers.block import Block
 from obc.structures.transformers.family import FAMILIES, HeadsOf, attributes, config_keys
 from obc.structures.transformers.heads import HeadChannels, Heads, head_channels
 from obc.structures.transformers.layers import Counter, Layers
-from obc.structures.transformers.per_head import norms_inputs, per_head
+from obc.structures.transformers.per_head import by_length, headless, per_head
 from obc.structures.units import NotPrunableError
 
 # Names of fused projections whose order differs between models; unless a family gives it, the module is refused.
@@ -63,17 +63,13 @@ def refuse_other_parameters(layers: Layers, name: str, known: Collection[str], s
 
     Norms of ``size``, and single values, are the same for every head.
     """
-    families = FAMILIES.values()
-    headless = {joined(name, child) for family in families for child in family.headless}
-    if norms_inputs(layers, name):
-        headless |= {joined(name, child) for family in families for child in family.head_norms}
     for key, parameter in layers.modules[name].named_parameters():
         full = joined(name, key)
         owner = full.rpartition(".")[0]
         same = parameter.numel() == 1 or (owner != name and parameter.shape == (size,))
         if {owner, full} & {*known} or same:
             continue
-        if not any(is_within(full, one) for one in headless):
+        if not any(is_within(full, one) for one in headless(layers, name)):
             raise NotPrunableError(f"{full} of shape {tuple(parameter.shape)} is not understood")
 
 
@@ -113,9 +109,6 @@ def _head_shapes(layers: Layers, name: str, projections: Sequence[str], output: 
             raise NotPrunableError(f"queries, keys, values and output have {[*widths, inner]} channels")
     if rest or shared < 1 or inner % (shared * size):
         raise NotPrunableError(f"its widths {[*widths, inner]} are not multiples of the head size {size}")
-    others = {found.name for found in per_head(layers, name, {"queries": inner // size, "keys": shared}, size)}
-    others |= {*_further_outputs(layers, name, inner)}
-    refuse_other_parameters(layers, name, {*projections, output, *others}, size)
     return Heads(inner // size, shared, size, gated)
 
 
@@ -173,14 +166,18 @@ def _attention(layers: Layers, name: str, projections: Sequence[str], output: st
         counted[("num_key_value_groups",)] = (heads.queries // heads.shared, 1)
     queried, ratio = rows.output[:, ::size] // size, heads.queries // heads.shared
     heads_of: dict[HeadsOf, Tensor] = {"queries": queried}
-    counts: dict[HeadsOf, int] = {"queries": heads.queries}
     if kind == "heads":  # otherwise all keys and values stay
-        heads_of["keys"], counts["keys"] = queried[:, ::ratio] // ratio, heads.shared
-    others = per_head(layers, name, counts, size)
-    slices += [found.slice_of(heads_of[found.heads_of]) for found in others]
+        heads_of["keys"] = queried[:, ::ratio] // ratio
+    others = per_head(layers, name, {"queries": heads.queries, "keys": heads.shared}, size)
+    known = {*projections, *outputs, *(found.name for found in others)}
+    if layers.proved:
+        others += by_length(layers, name, known, heads.queries, size)
+    else:
+        refuse_other_parameters(layers, name, known, size)
+    slices += [found.slice_of(heads_of[found.heads_of]) for found in others if found.heads_of in heads_of]
     return Block(
         ChannelGroup(projections[0], tuple(slices), kind),
-        axes={(found.name, "out"): found.axes for found in others if found.axes is not None},
+        axes={(found.name, found.side): found.axes for found in others if found.axes is not None},
         counters=(
             *layers.counters([name], counted),
             *layers.rearrangements(name, head_counts),

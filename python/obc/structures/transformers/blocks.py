@@ -27,14 +27,19 @@ DEFAULT_KINDS = tuple(name for name, kind in kinds().items() if kind.by_default)
 class Finder:
     """Finds the blocks of one model.
 
+    Args:
+        model: the model.
+        wanted: kinds of groups.
+        proved: see :class:`~obc.structures.transformers.layers.Layers`.
+
     Attributes:
         layers: layers of the model.
         blocks: by group name, in the order of the model.
         left_out: module that looks like a block -> why it can't be pruned.
     """
 
-    def __init__(self, model: nn.Module, wanted: Sequence[str]) -> None:
-        self.layers = Layers(model)
+    def __init__(self, model: nn.Module, wanted: Sequence[str], proved: bool = False) -> None:
+        self.layers = Layers(model, proved)
         self.blocks: dict[str, Block] = {}
         self.left_out: dict[str, str] = {}
         self._joined: set[str] = set()  # attentions whose heads were found with those of another

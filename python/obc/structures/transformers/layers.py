@@ -46,9 +46,11 @@ class Layers:
         config: config of the module entered last: the model's, one inside it, or None.
         config_part: its dotted name inside the model's config.
         modules: modules by name.
+        proved: whether what is found will be proved, so that lengths may tell what has heads where no name does.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, proved: bool = False) -> None:
+        self.proved = proved
         self.model, self.config = model, getattr(model, "config", None)
         self.modules = dict(named_modules(model))
         self._quantised = {name for name, module in self.modules.items() if is_quantised(module)}

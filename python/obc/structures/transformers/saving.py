@@ -241,7 +241,7 @@ def _counts_of_heads(model: nn.Module, plan: PruningPlan) -> list[tuple[Any, str
     """(module, attribute, value) of the counts of attentions that lose whole heads."""
     found: list[tuple[Any, str, Any]] = []
     modules = dict(model.named_modules())
-    for block in Finder(model, ("heads",)).blocks.values():
+    for block in Finder(model, ("heads",), proved=True).blocks.values():
         part = block.group.slices[0]
         entry = plan.get(part.module)
         if block.reads_config is not None or entry is None or entry.out_channels is None:
