@@ -59,6 +59,20 @@ class Table(Attention):
         return super().logits(q, k) + bias * self.four.sum()
 
 
+class Places(nn.Module):
+    """A bias for every head, from layers; it counts the heads as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads = HEADS
+        self.layers = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, HEADS))
+
+    def forward(self, length: int) -> Tensor:
+        place = torch.arange(length, dtype=torch.float64)
+        far = self.layers(torch.stack(torch.meshgrid(place, place, indexing="ij"), -1).flatten(0, 1))
+        return far.view(length, length, self.num_heads).permute(2, 0, 1)
+
+
 class Cosine(Attention):
     """A scale for every head, biases of all heads outside the layer, and a layer that computes a bias for each."""
 
@@ -68,15 +82,14 @@ class Cosine(Attention):
         self.bias_of_queries = nn.Parameter(torch.randn(HEADS * SIZE))
         self.register_buffer("bias_of_keys", torch.zeros(HEADS * SIZE), persistent=False)
         self.bias_of_values = nn.Parameter(torch.randn(HEADS * SIZE))
-        self.by_place = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, HEADS))
+        self.by_place = Places()
 
     def projected(self, x: Tensor) -> Tensor:
         return self.qkv(x) + torch.cat([self.bias_of_queries, self.bias_of_keys, self.bias_of_values])
 
     def logits(self, q: Tensor, k: Tensor) -> Tensor:
-        place = torch.arange(q.shape[2], dtype=q.dtype)
-        far = self.by_place(torch.stack(torch.meshgrid(place, place, indexing="ij"), -1)).permute(2, 0, 1)
-        return F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT * self.log_scale.exp() + far
+        cosines = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT
+        return cosines * self.log_scale.exp() + self.by_place(q.shape[2])
 
 
 class Gated(Attention):

@@ -52,12 +52,12 @@ def masked(model: nn.Module, structure: Any, units: dict[str, Tensor]) -> list[s
     beyond = []
     for name, gone in units.items():
         consumers = [part for part in groups[name].slices if part.side == "in"]
-        # Experts that are fused into one parameter have no separate input to hook; norms over channels need other
-        # statistics.
+        # Experts that are fused into one parameter have no separate input to hook, nor have products of queries and
+        # keys; norms over channels need other statistics.
         layers = [layout_of(modules[part.module]) if part.module in modules else None for part in consumers]
         others = [modules[part.module] for part in groups[name].slices if part.module in modules]
         norms = [one for one in others if not layout_of(one) and not isinstance(one, (_NormBase, nn.PReLU))]
-        if not consumers or None in layers or norms:
+        if not consumers or None in layers or norms or groups[name].multiplied:
             beyond.append(name)
             continue
         for part in consumers:

@@ -56,11 +56,14 @@ class ChannelGroup:
         name: name of the layer that names the group; unique among a model's groups.
         slices: everything that is removed with a unit, in the order of execution.
         kind: "channels", "heads", "experts" or another word for the units.
+        multiplied: layers and parameters whose channels a product outside layers reads, those of queries with those of
+            keys; without a unit it reads zeros.
     """
 
     name: str
     slices: tuple[Slice, ...]
     kind: str = "channels"
+    multiplied: tuple[str, ...] = ()
 
     @property
     def size(self) -> int:

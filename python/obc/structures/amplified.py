@@ -41,9 +41,10 @@ def amplify(masked: nn.Module, groups: Sequence[ChannelGroup], removed: Mapping[
     """
     widening = [group for group in groups if not group.is_depth and group.kind != "experts"]
     modules = dict(named_modules(masked))
+    zero = {name for group in groups for name in group.multiplied}
     for (name, side), channels in lost_channels(widening, removed).items():
         module = modules.get(name)
-        if side == "out" and module is not None and (written := _written(module)) is not None:
+        if side == "out" and name not in zero and module is not None and (written := _written(module)) is not None:
             enlarge = _enlarge(channels, *written, size)
             hook = _in_each_direction(*written, enlarge) if is_recurrent(module) else enlarge
             module.register_forward_hook(hook, with_kwargs=True)

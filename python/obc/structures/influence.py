@@ -315,7 +315,7 @@ def _read_watching(
     prober: Prober, sources: Mapping[str, Source], selected: Mapping[str, Tensor]
 ) -> tuple[dict[str, list[Tensor]], dict[str, list[str]]]:
     """The same, and what reads channels besides modules."""
-    watching = _Watching(prober.model)
+    watching = _Watching(prober)
     try:
         with watching:
             read = _read(prober, sources, selected)
@@ -338,10 +338,14 @@ def _address(tensor: Tensor) -> int:
 
 
 class _Watching(TorchFunctionMode):
-    """Notes what torch's attention, recurrent layers as first states, and products outside layers read."""
+    """Notes what torch's attention, recurrent layers as first states, and products outside layers read.
 
-    def __init__(self, model: nn.Module) -> None:
+    A functional use of a layer that calls it is no product outside layers.
+    """
+
+    def __init__(self, prober: Prober) -> None:
         super().__init__()
+        self._prober, model = prober, prober.model
         self.seen: dict[str, list[str]] = {}
         self._names: dict[int, str] = {}
         self._handles = []
@@ -371,10 +375,14 @@ class _Watching(TorchFunctionMode):
         self.seen.setdefault(label, []).extend(repr(float(sums(t.detach().reshape(1, -1), 0))) for t in tensors)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _PRODUCTS:
+        if func not in _PRODUCTS:
+            return func(*args, **(kwargs or {}))
+        calls = self._prober.calls
+        result = func(*args, **(kwargs or {}))
+        if self._prober.calls == calls:
             tensors = tensors_in((args, kwargs or {}))
             held = [name for t in tensors if (name := self._names.get(_address(t))) is not None]
             if held:
                 others = [t for t in tensors if _address(t) not in self._names]
                 self.note(f"a product outside layers with {held[0]!r}", others)
-        return func(*args, **(kwargs or {}))
+        return result

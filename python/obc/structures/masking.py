@@ -8,6 +8,9 @@ norms over channels take their statistics from the remaining channels; routers g
 infinity; :class:`torch.nn.MultiheadAttention`, if it loses channels inside its heads, scales its products by the
 remaining width.
 
+Where a product outside layers reads channels, those of queries and keys within a head, it reads zeros of the layers and
+parameters themselves.
+
 A whole block without its unit returns its input; a branch returns zeros. Both still run, so that their stand-ins in the
 pruned model are compared with the real ones.
 """
@@ -116,6 +119,9 @@ def masked_copy(model: nn.Module, groups: Sequence[ChannelGroup], removed: Mappi
         elif (over := channels_normalised(module)) is not None:
             _normalise_kept(module, *over, channels)
     for group in groups:
+        for part in group.slices if group.name in removed else ():
+            if part.module in group.multiplied and part.side == "out":
+                _zero_outputs(uses, modules, part.module, part.channels[removed[group.name].cpu()].flatten())
         if group.kind == "experts" and group.name in removed:
             for part in group.slices:
                 gone = part.channels[removed[group.name].cpu()].flatten()
@@ -158,6 +164,21 @@ def _zero_columns(uses: Uses, module: nn.Module, channels: Tensor) -> None:
         replace_parameter(uses, parameter, _without_columns(rule, parameter.detach(), channels))
     for key in masks:
         module._buffers[key] = _without_columns(rule, getattr(module, key), channels)
+
+
+def _zero_outputs(uses: Uses, modules: Mapping[str, nn.Module], name: str, channels: Tensor) -> None:
+    """Let a layer write zeros to these channels, or a parameter outside layers, of one dimension, have zeros there."""
+    owner, _, key = name.rpartition(".")
+    module, rule = modules.get(name, modules[owner]), rule_for(modules[name]) if name in modules else None
+    dims = {rule.weight: rule.out_axis, rule.bias: 0} if isinstance(rule, Rule) else {key: 0}
+    for one, dim in dims.items():
+        if one is not None:
+            tensor = getattr(module, one)
+            zeroed = tensor.detach().index_fill(dim, channels.to(tensor.device), 0)
+            if one in module._buffers:
+                module._buffers[one] = zeroed
+            else:
+                replace_parameter(uses, tensor, zeroed)
 
 
 def _zero_recurrent(uses: Uses, module: nn.RNNBase, side: Side, channels: Tensor) -> None:

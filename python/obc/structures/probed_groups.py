@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -23,7 +23,7 @@ from obc.structures.proof import Proof, prove
 from obc.structures.protocol import Provable
 from obc.structures.traced_groups import Found, GroupFinder
 from obc.structures.transformers.block import Block
-from obc.structures.units import NotPrunableError
+from obc.structures.units import Members, NotPrunableError
 from obc.structures.varied import varied_copy
 
 _MOST_TRIES = 12
@@ -32,7 +32,10 @@ _TRIES = 5
 
 
 class Extensible(Provable, Protocol):
-    """A structure that accepts further groups; some are blocks, with counts that change with their units."""
+    """A structure that accepts further groups; some are blocks, with counts that change with their units.
+
+    Leaving a group out takes its block away.
+    """
 
     left_out: dict[str, str]
     blocks: dict[str, Block]
@@ -41,17 +44,24 @@ class Extensible(Provable, Protocol):
         """Add a group to ``groups``."""
 
 
-def recover(structure: Extensible, finder: GroupFinder, wrong: Sequence[Found], run: Run, proof: Proof) -> None:
+# (name of a group, its members, the number of their channels) -> what else may go with them.
+More = Callable[[str, Members, int], Iterator[Block]]
+
+
+def recover(
+    structure: Extensible, finder: GroupFinder, wrong: Sequence[Found], run: Run, proof: Proof, more: More
+) -> None:
     """Find the true order of groups that can't be pruned in the traced order; add the groups that are then proved.
 
     Args:
         structure: the structure that receives groups.
         run: see :func:`obc.structures.proof.prove`.
         proof: proof of the other groups; the costs and results of these are added.
+        more: proposes groups with further channels, which are tried first.
     """
     reasons, accepted = dict(structure.left_out), list[str]()
     if inner := [found for found in wrong if found.inner]:
-        accepted, why, certain = _by_influence(structure, finder, wrong, run, proof)
+        accepted, why, certain = _by_influence(structure, finder, wrong, run, proof, more)
         untried = {found.name for found in inner if found.reason}
         reasons |= {name: reason for name, reason in why.items() if name in untried | certain}
         depthwise = untried - why.keys() if why else set()
@@ -74,7 +84,7 @@ def recover(structure: Extensible, finder: GroupFinder, wrong: Sequence[Found], 
 
 
 def _by_influence(
-    structure: Extensible, finder: GroupFinder, wrong: Sequence[Found], run: Run, proof: Proof
+    structure: Extensible, finder: GroupFinder, wrong: Sequence[Found], run: Run, proof: Proof, more: More
 ) -> tuple[list[str], dict[str, str], set[str]]:
     """(names of the groups found, layer -> why it is in none, those that something but a layer reads)."""
     taken = {part.module for group in structure.groups for part in group.slices}
@@ -110,7 +120,13 @@ def _by_influence(
             "running the model finds no smaller set of channels that go together than all of them"
         )
         finder.dims.update(one.dims)
-    accepted = _accepted(structure, finder, coupled, run, proof)
+    proposals: dict[str, Iterator[Block]] = {
+        name: itertools.chain(
+            () if bool(one.kinds.any()) else more(name, one.members, one.size), map(Block, _groups(finder, name, one))
+        )
+        for name, one in coupled.items()
+    }
+    accepted = first_proved(structure, proposals, run, proof)
     for name in coupled.keys() & structure.left_out.keys():
         reasons |= dict.fromkeys(coupled[name].layers, structure.left_out.pop(name))
         structure.left_out |= {name: before[name]} if name in before else {}
@@ -121,20 +137,26 @@ class _RunError(Exception):
     """The model's own code raised, which may not run on invented numbers."""
 
 
-def _accepted(
-    structure: Extensible, finder: GroupFinder, proposals: Mapping[str, Coupled], run: Run, proof: Proof
-) -> list[str]:
-    """The proposals for which some units pass, by their first producer; these are now groups of the structure."""
-    waiting = {name: _groups(finder, name, one) for name, one in proposals.items()}
-    accepted: list[str] = []
+def first_proved(structure: Extensible, proposals: Mapping[str, Iterator[Block]], run: Run, proof: Proof) -> list[str]:
+    """The names for which one of the proposed groups passes; the first that does is now a group of the structure.
+
+    Args:
+        structure: it leaves the others out, with the reason for the last proposal.
+        proposals: name of a group -> what it may be.
+        run: see :func:`obc.structures.proof.prove`.
+        proof: the costs are added to it.
+    """
+    waiting, accepted = dict(proposals), list[str]()
     while waiting:
         offered = []
-        for name, groups in list(waiting.items()):
-            group = next(groups, None)
-            if group is None:
+        for name, blocks in list(waiting.items()):
+            block = next(blocks, None)
+            if block is None:
                 del waiting[name]
                 continue
-            structure.offer(group)
+            if block.counters:
+                structure.blocks[name] = block
+            structure.offer(block.group)
             offered.append(name)
         if not offered:
             break

@@ -80,6 +80,11 @@ class Prober:
         self._observe()
         return self._readings
 
+    @property
+    def calls(self) -> int:
+        """The number of calls of layers so far in this pass."""
+        return sum(self._calls.values())
+
     def _observe(self) -> None:
         self.passes += 1
         self._calls, self._readings = {}, {}

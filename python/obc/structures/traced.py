@@ -26,6 +26,7 @@ from obc.model.plan import PruningPlan
 from obc.model.quantized import refuse_quantised
 from obc.model.refusals import refuse_unprunable
 from obc.model.shared_copy import shared_copy, shared_parameters
+from obc.structures.equal_widths import StreamWidths, offer_equal_widths
 from obc.structures.masking import lost_channels
 from obc.structures.measure import TracedCosts, Usage, layers_run, measure
 from obc.structures.memory import MemoryUse
@@ -61,7 +62,9 @@ class TorchPruningStructure:
     A unit is one channel with everything coupled to it; one channel of every group of a grouped convolution or
     GroupNorm; or one head: of an attention whose layers have the names of a known family
     (:mod:`obc.structures.traced_blocks`), or according to ``num_heads``. Of heads according to ``num_heads``, the
-    model's own count is not changed: you must adapt it.
+    model's own count is not changed: you must adapt it. Where attentions take the width of what they read for that of
+    their heads, a unit is a channel of every head, or a head, with as many channels of the stream
+    (:mod:`obc.structures.equal_widths`).
 
     Args:
         model: the model, pruned in place by :meth:`remove`. Training flags and ``requires_grad`` are kept.
@@ -179,10 +182,13 @@ class TorchPruningStructure:
             return self._run(copied, varied)
 
         proof = prove(self, run)
-        offer_blocks(self, run, proof, self._finder.kept, self._graph.dims)
+        others = offer_blocks(self, run, proof, self._finder.kept, self._graph.dims)
+        failed = [one for one in found if one.group is not None and one.name in self.left_out]
+        widths = StreamWidths(self._finder, others, failed)
+        offer_equal_widths(self, widths, failed, run, proof)
         produced = {part.module for group in self.groups for part in group.slices if part.side == "out"}
         wrong = [one for one in found if one.name in self.left_out and one.name not in produced]
-        recover(self, self._finder, wrong, run, proof)
+        recover(self, self._finder, wrong, run, proof, widths.proposals)
         return proof
 
     def _unnamed(self, members: Collection[str]) -> dict[str, str]:
@@ -317,6 +323,7 @@ class TorchPruningStructure:
         vars(twin).update(vars(self), model=model)
         twin._modules = dict(model.named_modules(remove_duplicate=True))
         twin._groups, twin.left_out, twin._kept = dict(self._groups), dict(self.left_out), {}
+        twin.blocks = dict(self.blocks)
         return twin
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TorchPruningStructure:
@@ -339,6 +346,7 @@ class TorchPruningStructure:
     def leave_out(self, name: str, reason: str) -> None:
         """Remove a group from ``groups``, and record the reason in ``left_out``."""
         self.left_out[name] = reason
+        self.blocks.pop(name, None)
         del self._groups[name]
 
 

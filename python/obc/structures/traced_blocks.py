@@ -21,8 +21,10 @@ from obc.structures.transformers.blocks import Finder
 _KINDS = ("heads", "ffn")
 
 
-def offer_blocks(structure: Extensible, run: Run, proof: Proof, kept: Collection[str], dims: dict[str, int]) -> None:
-    """Let the structure have the blocks that are proved.
+def offer_blocks(
+    structure: Extensible, run: Run, proof: Proof, kept: Collection[str], dims: dict[str, int]
+) -> list[Block]:
+    """Let the structure have the blocks that are proved, and return the others.
 
     Args:
         structure: receives groups and their blocks.
@@ -32,20 +34,20 @@ def offer_blocks(structure: Extensible, run: Run, proof: Proof, kept: Collection
         dims: parameter outside layers -> its dimension of channels; those of blocks are added.
     """
     taken = {(part.module, part.side) for group in structure.groups for part in group.slices}
+    offered: dict[str, Block] = {}
     for name, found in Finder(structure.model, _KINDS, proved=True).blocks.items():
         block = _without_mixed(found, taken)
         if _is_free(block, taken, kept) and (own := _dims_of(block)) is not None:
-            structure.blocks[name] = block
+            structure.blocks[name] = offered[name] = block
             dims.update(own)
             structure.offer(block.group)
-    if not structure.blocks:
-        return
+    if not offered:
+        return []
     together = prove(structure, run)
     proof.add(together)
     proof.proved, proof.unproved = together.proved, together.unproved
     proof.left_out |= together.left_out
-    for name in structure.blocks.keys() - {group.name for group in structure.groups}:
-        del structure.blocks[name]
+    return [block for name, block in offered.items() if name in structure.left_out]
 
 
 def _without_mixed(block: Block, taken: Collection[tuple[str, Side]]) -> Block:

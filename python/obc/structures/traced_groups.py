@@ -27,13 +27,13 @@ class Found:
 
     Attributes:
         name: name of its first producer.
-        members: (module, side) of everything with parameters that loses channels with it.
+        members: everything with parameters that loses channels with it; without channels if they are not known.
         group: the group; None if ``reason`` says why there is none.
         inner: whether another order of its channels might make it a group.
     """
 
     name: str
-    members: Collection[tuple[str, Side]]
+    members: Members
     group: ChannelGroup | None = None
     reason: str = ""
     inner: bool = True
@@ -100,7 +100,7 @@ class GroupFinder:
         found = []
         for module, raw in self._graph.raw_groups(self._settings.ignored):
             name = self._names[module]
-            found.append(Found(name, [(name, "out")], reason=raw) if isinstance(raw, str) else self._found(raw))
+            found.append(Found(name, {(name, "out"): {}}, reason=raw) if isinstance(raw, str) else self._found(raw))
         known = self.ignored | {name for one in found for name, side in one.members if side == "out"}
         found += [
             self._untraced(name)
@@ -118,11 +118,11 @@ class GroupFinder:
             reason = "tracing does not follow its hidden units"
         if heads:
             reason = "its heads, set by num_heads, are joined in tracing, which does not come upon it"
-        return Found(name, [(name, "out")], reason=reason, inner=not heads)
+        return Found(name, {(name, "out"): {}}, reason=reason, inner=not heads)
 
     def _found(self, raw: Any) -> Found:
         name = min(self._graph.producers(raw), key=self.place)
-        found = Found(name, [(name, "out")])
+        found = Found(name, {(name, "out"): {}})
         try:
             self._fill(found, raw)
         except NotPrunableError as reason:

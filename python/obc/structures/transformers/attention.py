@@ -75,10 +75,11 @@ def refuse_other_parameters(layers: Layers, name: str, known: Collection[str], s
 
 def _projections(layers: Layers, name: str) -> list[str]:
     """The projections of queries, keys and values, or the single one for all three."""
+    outputs = {child for family in FAMILIES.values() for child in family.outputs}
     for family in FAMILIES.values():
         for names in family.projections:
             if all(layers.layer(name, child) is not None for child in names):
-                return [joined(name, child) for child in names[:3]]
+                return [joined(name, child) for child in names if child not in outputs]
     fused = dict.fromkeys(child for family in FAMILIES.values() for child in family.fused_projections)
     for child in (*fused, *_OF_MANY_ORDERS):
         if layers.layer(name, child) is not None:
@@ -103,6 +104,8 @@ def _head_shapes(layers: Layers, name: str, projections: Sequence[str], output: 
     gated = any(type(module).__name__ in family.gated_queries for family in FAMILIES.values())
     if len(projections) == 1:
         shared, rest = divmod(widths[0] - inner, 2 * size)
+    elif widths == [2 * inner, inner]:  # of [queries | keys], and of values
+        shared, rest = divmod(inner, size)
     else:
         shared, rest = divmod(widths[1], size * (2 if len(projections) == 2 else 1))
         if widths[0] != inner * (2 if gated else 1) or widths[1] != widths[-1]:
@@ -130,6 +133,9 @@ def _head_channels(layers: Layers, name: str, projections: Sequence[str], heads:
         rows = head_channels(heads, kind, fused=False)
         if len(projections) == 2 and kind == "heads":
             queried, keyed, _ = rows.projections
+            inner = heads.queries * heads.size
+            if layers.size(projections[0], "out") == 2 * inner:  # of [queries | keys], and of values
+                return HeadChannels([torch.cat([queried, keyed + inner], 1), keyed], rows.output)
             keyed_and_valued = torch.cat([keyed, keyed + heads.shared * heads.size], 1)
             return HeadChannels([queried, keyed_and_valued], rows.output)
         return rows
@@ -170,8 +176,10 @@ def _attention(layers: Layers, name: str, projections: Sequence[str], output: st
         heads_of["keys"] = queried[:, ::ratio] // ratio
     others = per_head(layers, name, {"queries": heads.queries, "keys": heads.shared}, size)
     known = {*projections, *outputs, *(found.name for found in others)}
+    inside: list[str] = []
     if layers.proved:
         others += by_length(layers, name, known, heads.queries, size)
+        inside = [one for one in layers.modules if one != name and is_within(one, name)]
     else:
         refuse_other_parameters(layers, name, known, size)
     slices += [found.slice_of(heads_of[found.heads_of]) for found in others if found.heads_of in heads_of]
@@ -180,6 +188,7 @@ def _attention(layers: Layers, name: str, projections: Sequence[str], output: st
         axes={(found.name, found.side): found.axes for found in others if found.axes is not None},
         counters=(
             *layers.counters([name], counted),
+            *layers.counters(inside, {attributes("heads"): (heads.queries, per_unit)}),
             *layers.rearrangements(name, head_counts),
             *(Counter(name, key, 1) for key in rows.counters),
         ),

@@ -50,7 +50,7 @@ class Family:
         inverted_residuals: names of the modules of an inverted residual, each with one convolution: the widening one,
             those between, the narrowing one (:mod:`obc.structures.transformers.feed_forward`).
         projections: names of the projections of queries, keys and values, and of the output where they need it to be
-            told from others; two names: of queries, and of [keys | values].
+            told from others; two names: of queries, and of [keys | values], or of [queries | keys], and of values.
         fused_projections: name of a projection of all three -> the order of its outputs. None means [all queries | all
             keys | all values], unless another family's order fits the module.
         outputs: names of the output projection, in the same module as the others.

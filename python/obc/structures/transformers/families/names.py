@@ -198,8 +198,8 @@ _FAMILIES = (
         fused_projections={"qkv_proj": None},
         forward_reads_config=("qkv_proj",),
     ),
-    # PVT, Segformer: attention whose keys and values come from a sequence shortened by a convolution.
-    Family("pyramid", headless=("sequence_reduction", "spatial_reduction", "layer_norm")),
+    # PVT, Segformer, Twins: attention whose keys and values come from a sequence shortened by a convolution.
+    Family("pyramid", headless=("sequence_reduction", "spatial_reduction", "layer_norm", "sr")),
     # Swin V2: a scale for every head, and a bias for every head that two layers compute from positions.
     Family(
         "swinv2",
@@ -213,7 +213,7 @@ _FAMILIES = (
     Family(
         "vision",
         feed_forwards=(("linear_fc1", "linear_fc2"), ("pwconv1", "pwconv2")),
-        projections=(("q", "k", "v", "proj"),),
+        projections=(("q", "k", "v", "proj"), ("q", "kv", "proj"), ("qk", "v", "proj")),
         fused_projections={"qkv": None},
         outputs=("proj", "projection", "projection_layer", "output"),
         headless=("rel_pos_h", "rel_pos_w"),
