@@ -19,7 +19,26 @@ MASK = torch.tensor([[1, 1, 0]])
 )
 def test_the_mask_is_found_wherever_the_model_gets_it(kind: Any, as_batch: Any) -> None:
     """The mask of (inputs, labels), whose first entry call_on_batch passes to the model."""
-    assert attention_mask(as_batch(kind({"attention_mask": MASK}))) is MASK
+    assert attention_mask(as_batch(kind({"attention_mask": MASK}))).tolist() == [[True, True, False]]
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        MASK.bool(),
+        MASK.double(),
+        (1 - MASK) * -1e9,
+        (1 - MASK.half()) * torch.finfo(torch.float16).min,
+        torch.zeros(1, 3).masked_fill(MASK == 0, -torch.inf),
+        MASK[:, None, None],
+        torch.zeros(1, 1, 1, 3).masked_fill(MASK == 0, -torch.inf),
+    ],
+    ids=["bool", "float", "added", "added, half", "added infinity", "all heads", "all heads, added"],
+)
+def test_masks_of_all_kinds_say_what_counts(mask: torch.Tensor) -> None:
+    found = attention_mask({"attention_mask": mask})
+    assert found is not None
+    assert found.tolist() == [[True, True, False]]
 
 
 @pytest.mark.parametrize("batch", [None, (), torch.ones(2), {"attention_mask": None}, ({"x": MASK}, MASK)], ids=repr)

@@ -204,9 +204,11 @@ def test_one_output_is_not_centred_away() -> None:
 
 @pytest.mark.parametrize("labelled", [False, True], ids=["inputs", "(inputs, labels)"])
 @pytest.mark.parametrize("kind", [dict, UserDict])
-def test_padding_does_not_count(kind: Any, labelled: bool) -> None:
+@pytest.mark.parametrize("added", [False, True])
+def test_padding_does_not_count(kind: Any, labelled: bool, added: bool) -> None:
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
-    inputs = kind({"input_ids": torch.randn(2, 3, 4), "attention_mask": mask})
+    given = (1 - mask) * -1e9 if added else mask
+    inputs = kind({"input_ids": torch.randn(2, 3, 4), "attention_mask": given})
     batch = (inputs, "labels") if labelled else inputs
     model = Outputs(lambda z: Record(last_hidden_state=z))
     loss = label_free_loss()

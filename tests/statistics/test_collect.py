@@ -213,9 +213,21 @@ def test_padding_is_left_out(statistic: str) -> None:
     assert all(how in ("input", "input and output", "calls") for how in one.coverage[name].values())
 
 
-def test_a_mask_that_fits_no_input_is_named() -> None:
+@pytest.mark.parametrize("shape", [(2, 5), (2, 1, 1, 5)], ids=str)
+@pytest.mark.parametrize("added", [False, True])
+def test_masks_that_are_added_or_for_all_heads_leave_out_padding(shape: tuple[int, ...], added: bool) -> None:
+    model, x = nn.Sequential(nn.Linear(3, 3)), torch.randn(2, 5, 3)
+    keep = torch.tensor([[1, 1, 1, 0, 0], [1, 0, 0, 0, 0]]).bool()
+    mask = torch.zeros(2, 5).masked_fill(~keep, -torch.inf) if added else keep
+    got = collect(model, [{"x": x, "attention_mask": mask.view(shape)}], lambda m, b: m(b["x"]), statistics="gram")
+    rows = x[keep].double()
+    torch.testing.assert_close(got.gram["0"].total, rows.T @ rows, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (2, 1, 5, 5)], ids=str)
+def test_a_mask_that_fits_no_input_is_named(shape: tuple[int, ...]) -> None:
     model = nn.Sequential(nn.Linear(3, 3))
-    batch = {"x": torch.randn(2, 5, 3), "attention_mask": torch.ones(2, 4)}
+    batch = {"x": torch.randn(2, 5, 3), "attention_mask": torch.ones(shape)}
     got = collect(model, [batch], lambda m, b: m(b["x"]), statistics="moments")
     assert "padding counts" in got.coverage["moments"]["0"]
 

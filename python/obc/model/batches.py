@@ -21,10 +21,19 @@ def inputs_of(batch: Any) -> Any:
 
 
 def attention_mask(batch: Any) -> Tensor | None:
-    """The mask of a mapping, or of the mapping in (mapping, labels); None if there is none."""
+    """(B, T) bool, True where a position counts, from the mapping, or the mapping in (mapping, labels); or None.
+
+    A mask is 0 at padding; or it is added to attention scores, then 0 elsewhere and negative there. (B, 1, 1, T), for
+    all heads and queries, is (B, T). One of another shape, which does not say what is padding, keeps its shape.
+    """
     inputs = inputs_of(batch)
     mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
-    return mask if isinstance(mask, Tensor) else None
+    if not isinstance(mask, Tensor):
+        return None
+    if mask.dim() == 4 and mask.shape[1:3] == (1, 1):
+        mask = mask[:, 0, 0]
+    is_added = mask.is_floating_point() and bool((mask < 0).any())
+    return mask >= 0 if is_added else mask.bool()
 
 
 def usable_in_autograd(batch: Any) -> Any:

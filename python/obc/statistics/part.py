@@ -17,13 +17,15 @@ class Part:
 
     Attributes:
         batch: the part of the batch.
-        valid: (B, T) bool, from the batch's ``attention_mask``; None: every position counts.
+        mask: the batch's ``attention_mask``, or None.
+        valid: the mask if it is (B, T); None: every position counts.
         reading: False while the model runs for another purpose.
         calls: reads the inputs of fused experts, once for all readers.
     """
 
     def __init__(self) -> None:
         self.batch: Any = None
+        self.mask: Tensor | None = None
         self.valid: Tensor | None = None
         self.reading = False
         self.calls = RoutedCalls()
@@ -33,8 +35,8 @@ class Part:
         """Record the part that the model is about to run on."""
         self.batch = batch
         self.calls.begin()
-        mask = attention_mask(batch)
-        self.valid = mask.bool() if mask is not None and mask.dim() == 2 else None
+        self.mask = attention_mask(batch)
+        self.valid = self.mask if self.mask is not None and self.mask.dim() == 2 else None
 
     def valid_positions(self, x: Tensor, channel_dim: int) -> Tensor | None:
         """(B, T) bool if the positions of ``x`` are those of the attention mask; None if all count.
@@ -49,9 +51,9 @@ class Part:
 
     def ignores_mask(self, x: Tensor, channel_dim: int) -> bool:
         """Whether the batch has a mask that does not fit ``x``, so that padding counts."""
-        if self.valid is None or self.valid_positions(x, channel_dim) is not None:
+        if self.mask is None or self.valid_positions(x, channel_dim) is not None:
             return False
-        return not (x.dim() == 2 and x.shape[0] == len(self.valid))
+        return not (x.dim() == 2 and x.shape[0] == len(self.mask))
 
     def copy_of(self, x: Tensor) -> Tensor:
         """A copy of ``x``; all readers of one tensor get the same copy, until the tensor changes."""

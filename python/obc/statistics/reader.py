@@ -348,8 +348,8 @@ class InputReader(Reader):
         """Record in the coverage that the layer was called, and whether padding counts."""
         self.called.add(name)
         if self.part.ignores_mask(x, channel_dim):
-            assert self.part.valid is not None
-            shapes = f"{tuple(x.shape)} does not fit attention_mask {tuple(self.part.valid.shape)}"
+            assert self.part.mask is not None
+            shapes = f"{tuple(x.shape)} does not fit attention_mask {tuple(self.part.mask.shape)}"
             self.coverage[name] = Coverage("input", f"padding counts: {shapes}")
 
 

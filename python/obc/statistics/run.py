@@ -80,8 +80,9 @@ def collect(
     summands for a statistic are not finite, the batch is left out of that statistic and named in ``left_out``. Modules
     that were never called are named in ``coverage`` and in a warning.
 
-    Padding: if a batch is a mapping with an ``attention_mask`` (B, T), positions with 0 are ignored, except in rows and
-    in the losses of gradients, which ``loss_fn`` masks.
+    Padding: if a batch is a mapping with an ``attention_mask`` (B, T) or (B, 1, 1, T), positions with 0, or in a mask
+    that is added to attention scores those below 0, are ignored, except in rows and in the losses of gradients, which
+    ``loss_fn`` masks. With a mask of another shape padding counts, and ``coverage`` says so.
 
     Models larger than the device: ``by_block=True`` runs one residual block on all batches before the next one, with
     only that block's weights on the device, for every statistic that needs no loss. The sums equal those of a normal
