@@ -112,6 +112,15 @@ def test_parts_of_the_estimate() -> None:
     assert "MiB" in str(estimate)
 
 
+@pytest.mark.parametrize("keep_rows", [-3, 2.5, float("nan"), True], ids=str)
+def test_a_number_of_rows_that_is_none_is_refused(keep_rows: Any) -> None:
+    case = deep()
+    with pytest.raises(
+        ValueError, match=f"keep_rows must be a number of rows, an integer of at least 0, got {keep_rows}"
+    ):
+        memory_estimate(case.model, case.batches[0], case.loss, keep_rows=keep_rows)
+
+
 def test_a_smaller_micro_batch_takes_less() -> None:
     case = deep()
     whole, half, one = (

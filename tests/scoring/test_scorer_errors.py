@@ -111,8 +111,14 @@ def test_a_model_whose_input_shape_is_wrong_says_so_itself() -> None:
 
 @pytest.mark.parametrize("model", [nn.ReLU(), nn.Sequential(), nn.Sequential(nn.Flatten(), nn.Dropout())], ids=repr)
 def test_a_model_without_a_scorable_layer(model: nn.Module) -> None:
-    with pytest.raises(ValueError, match=f"{type(model).__name__} has no module that can be scored"):
+    with pytest.raises(ValueError, match=f"{type(model).__name__} has no module that can be scored [(]its modules"):
         obc.JacobianScorer(model)
+
+
+@pytest.mark.parametrize("modules", [[], ["1"], lambda name, module: False], ids=["none", "other", "predicate"])
+def test_a_choice_without_a_scorable_layer(modules: Any) -> None:
+    with pytest.raises(ValueError, match="Sequential has no module that can be scored among those that modules= choo"):
+        obc.JacobianScorer(nn.Sequential(nn.Linear(3, 3), nn.ReLU()), modules=modules)
 
 
 @pytest.mark.parametrize("batches", [[], iter([]), (x for x in ())], ids=["list", "iterator", "generator"])

@@ -6,6 +6,7 @@ import itertools
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from obc.model.arguments import number, positive, refuse_uncallable
+from obc.model.arguments import positive, refuse_uncallable
 from obc.model.batches import RowKind, parts_of, usable_in_autograd
 from obc.model.evaluation import LossFn, evaluating
 from obc.model.readable import readable
@@ -79,12 +80,14 @@ def memory_estimate(
 
     Raises:
         TypeError: ``batch`` is None.
+        ValueError: ``keep_rows`` is no integer, or negative.
     """
     if batch is None:
         raise TypeError("batch must be one batch, like those to score with, got None")
     refuse_non_modules(model)
     refuse_uncallable(loss_fn=loss_fn)
-    number("keep_rows", keep_rows)
+    if isinstance(keep_rows, bool) or not isinstance(keep_rows, Integral) or keep_rows < 0:
+        raise ValueError(f"keep_rows must be a number of rows, an integer of at least 0, got {keep_rows!r}")
     if micro_batch is not None:
         positive("micro_batch", micro_batch)
     batch, _, _ = next(parts_of(usable_in_autograd(batch), micro_batch))

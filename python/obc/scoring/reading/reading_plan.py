@@ -242,7 +242,8 @@ def make_plan(model: nn.Module, modules: ModuleFilter | None, per_sample: bool, 
         plan.readers[name] = _reader(name, module, rule, slots, fold_groups)
     if not plan.readers:
         found = ", ".join(sorted({type(m).__name__ for m in model.modules()}))
-        raise ValueError(f"{type(model).__name__} has no module that can be scored (its modules: {found})")
+        among = "" if modules is None else " among those that modules= chooses"
+        raise ValueError(f"{type(model).__name__} has no module that can be scored{among} (its modules: {found})")
     plan.flats = slots.flats
     for reader in plan.readers.values():
         if type(reader.module) is nn.Embedding:
