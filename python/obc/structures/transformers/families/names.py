@@ -75,13 +75,14 @@ _FAMILIES = (
     ),
     # Attention as in diffusers, vit-pytorch and x-transformers; the conformers of Granite Speech, and Evolla's
     # resampler. It may begin with norms. Other tokens may take part, with projections of their own (SD3, Flux).
+    # torchvision's MaxViT has its own name of the output projection.
     Family(
         "to_q",
         feed_forwards=(("net.0.proj", "net.2"),),
         fused_feed_forwards=(("net.0.proj", "net.2"),),
         projections=(("to_q", "to_k", "to_v"), ("to_q", "to_kv"), ("to_queries", "to_keys", "to_values")),
         fused_projections={"to_qkv": None},
-        outputs=("to_out", "to_out.0"),
+        outputs=("to_out", "to_out.0", "merge"),
         further_outputs=("to_add_out",),
         head_parameters={
             **dict.fromkeys(("temperature", "mem_k", "mem_v", "qk_norm_q_scale", "qk_norm_k_scale"), 0),
