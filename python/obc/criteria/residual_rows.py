@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from obc.criteria.joined_rows import by_group, refuse_unlike, samples_of
 from obc.criteria.output_metrics import OutputMetrics
-from obc.criteria.protocol import CriterionError
 from obc.criteria.residuals import Cut, Residuals
 from obc.criteria.subject import Subject
-from obc.model.batches import samples_in
 from obc.model.evaluation import evaluating, first_floating
 from obc.model.hooks import hooked
 from obc.model.usable_batches import UsableBatches, all_finite
@@ -59,14 +58,14 @@ class ResidualReader:
         several = self._cut.several  # then the parts of a batch are other rows, otherwise one row's sum
         rows = {tap: torch.cat(parts) if several else torch.stack(parts).sum(0) for tap, parts in self._read.items()}
         if self._cut.tokens is not None:
-            _refuse_unlike(rows)
+            refuse_unlike(rows)
         return rows
 
     def _at_experts(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         inputs = self._calls.inputs(module, [*args, *kwargs.values()], output) if self.part.reading else ""
         if isinstance(inputs, str):  # the loss needs a graph even if nothing is read
             return tapped(output, lambda _: None, copy=True) if isinstance(output, Tensor) else None
-        samples = _samples_of(self.part.batch, inputs[0].total) if self._cut.several else 1
+        samples = samples_of(self.part.batch, inputs[0].total) if self._cut.several else 1
 
         def read(grad: Tensor) -> None:
             for tap in self._taps[module]:
@@ -81,7 +80,7 @@ class ResidualReader:
         assert x is not None
         # Blocks with experts flatten samples and tokens, also for the layers that every token passes.
         flattened = self._cut.several and self.part.reading and x.dim() == 2
-        samples = _samples_of(self.part.batch, len(x)) if flattened else len(x)
+        samples = samples_of(self.part.batch, len(x)) if flattened else len(x)
 
         def read(activation: Tensor, grad: Tensor) -> None:
             for tap in self._taps[module]:
@@ -127,38 +126,4 @@ def read_residuals(
                 tap.rows.append(values)
             if also is not None:
                 also.take(max(map(len, rows.values()), default=0) if cut.several else 1)
-    return _by_group(taps, cut.several)
-
-
-def _samples_of(batch: Any, positions: int) -> int:
-    """The number of samples in a batch, for a layer that gets all positions in one dimension, sample after sample."""
-    samples = samples_in(batch)
-    if samples == 0 or positions % samples:
-        raise CriterionError(
-            f"a layer got {positions} positions of a batch of {samples} samples, so which one is whose is not known; "
-            "pass batches whose first tensor has a row for each sample, or rows='batch'"
-        )
-    return samples
-
-
-def _refuse_unlike(rows: dict[Residuals, Tensor]) -> None:
-    """Refuse rows of tokens if layers saw different numbers of positions."""
-    counts: dict[int, str] = {}
-    for tap, values in rows.items():
-        counts.setdefault(len(values), tap.consumer.name)
-    if len(counts) > 1:
-        said = " and ".join(f"{name} has {count}" for count, name in counts.items())
-        raise CriterionError(
-            f"rows of tokens need layers that see the same positions, but for one batch {said} rows; leave layers out "
-            "with ignored_layers=, or score samples instead of tokens: rows='sample', criterion='jacobian'"
-        )
-
-
-def _by_group(taps: list[Residuals], several: bool) -> dict[str, Tensor]:
-    """The rows of all batches, added over a group's consumers."""
-    found: dict[str, Tensor] = {}
-    for tap in taps:
-        if tap.rows:
-            rows = torch.cat(tap.rows) if several else torch.stack(tap.rows)
-            found[tap.group] = found[tap.group] + rows if tap.group in found else rows
-    return found
+    return by_group(taps, cut.several)
