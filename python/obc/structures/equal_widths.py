@@ -23,7 +23,7 @@ from torch import Tensor
 from obc.model.evaluation import Run
 from obc.model.groups import ChannelGroup, Slice
 from obc.structures.probed_groups import Extensible, first_proved
-from obc.structures.proof import Proof, prove
+from obc.structures.proof import Proof
 from obc.structures.traced_groups import Found, GroupFinder
 from obc.structures.transformers.block import Block
 from obc.structures.units import Members, NotPrunableError
@@ -112,10 +112,7 @@ def offer_equal_widths(
     accepted = first_proved(structure, proposals, run, proof)
     structure.left_out.update({name: reasons[name] for name in proposals if name not in accepted})
     if accepted:
-        together = prove(structure, run)
-        proof.add(together)
-        proof.proved, proof.unproved = together.proved, together.unproved
-        proof.left_out |= together.left_out
+        proof.left_out |= proof.again(structure, run)
 
 
 def _is_on(attention: Block, stream: Members, width: int) -> bool:

@@ -70,10 +70,7 @@ def recover(
         )
     if accepted:
         proof.probed = accepted
-        together = prove(structure, run)
-        proof.add(together)
-        proof.proved, proof.unproved = together.proved, together.unproved
-        reasons |= {name: why for name, why in together.left_out.items() if name in accepted}
+        reasons |= {name: why for name, why in proof.again(structure, run).items() if name in accepted}
     producers = {part.module for group in structure.groups for part in group.slices if part.side == "out"}
     for name in list(structure.left_out):
         if name in producers:

@@ -80,6 +80,17 @@ class Proof:
         self.passes, self.tries = self.passes + other.passes, self.tries + other.tries
         self.seconds += other.seconds
 
+    def again(self, structure: Provable, run: Run) -> dict[str, str]:
+        """Prove the present groups of the structure together: what is proved is replaced, costs are added.
+
+        Returns:
+            group that was now left out -> reason.
+        """
+        together = prove(structure, run)
+        self.add(together)
+        self.proved, self.unproved = together.proved, together.unproved
+        return together.left_out
+
 
 def prove(structure: Provable, run: Run, *, among: Collection[str] | None = None, tries: int = _TRIES) -> Proof:
     """Try every group of ``structure``, and make it leave out those whose removal is wrong.

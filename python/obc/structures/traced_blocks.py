@@ -14,7 +14,7 @@ from obc.model.evaluation import Run
 from obc.model.groups import Side
 from obc.model.names import is_within
 from obc.structures.probed_groups import Extensible
-from obc.structures.proof import Proof, prove
+from obc.structures.proof import Proof
 from obc.structures.transformers.block import Block
 from obc.structures.transformers.blocks import Finder
 
@@ -43,10 +43,7 @@ def offer_blocks(
             structure.offer(block.group)
     if not offered:
         return []
-    together = prove(structure, run)
-    proof.add(together)
-    proof.proved, proof.unproved = together.proved, together.unproved
-    proof.left_out |= together.left_out
+    proof.left_out |= proof.again(structure, run)
     return [block for name, block in offered.items() if name in structure.left_out]
 
 
