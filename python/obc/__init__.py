@@ -6,6 +6,7 @@ from obc.distribution import obc_version
 from obc.info import info
 from obc.model.errors import PruningError
 from obc.model.latency_table import LatencyTable
+from obc.model.plain_layers import plain_layers
 from obc.model.quantized import dequantize
 from obc.pruning import PruningResult, prune
 from obc.recovery import (
@@ -56,6 +57,7 @@ __all__ = [
     "measure_latency",
     "memory_estimate",
     "ops",
+    "plain_layers",
     "prune",
     "quality",
     "recalibrate_norms",

@@ -62,6 +62,7 @@ MODELS: Calls = {
     "memory_estimate": lambda one: obc.memory_estimate(one, X, loss),
     "transformer_groups": obc.transformer_groups,
     "dequantize": obc.dequantize,
+    "plain_layers": lambda one: obc.plain_layers(one, X),
     "structure": lambda one: TorchPruningStructure(one, X),
     "Scores.verify": SCORES.verify,
     "PruningPlan.apply": PLAN.apply,

@@ -171,5 +171,6 @@ def test_scores_that_are_rounding_errors_are_named(
 
     assert scores.coverage["2"].how == "weight gradient"
     assert [one.getMessage() for one in caplog.records] == [
-        f"scores of 2 are rounding errors: {scores.coverage['2'].reason}; put a layer with that weight in its place"
+        f"scores of 2 are rounding errors: {scores.coverage['2'].reason}; obc.plain_layers makes a plain layer with "
+        "that weight of it"
     ]

@@ -209,10 +209,10 @@ def lora(model: Base) -> nn.Module:
 
 
 UNPRUNABLE: dict[str, tuple[Callable[[Base], Any], str]] = {
-    "weight_norm": (lambda m: weight_norm(m.b), r"^b has a weight that WeightNorm computes.*remove_weight_norm"),
-    "spectral_norm": (lambda m: spectral_norm(m.b), r"^b has a weight.*remove_spectral_norm"),
-    "masks": (mask, r"^b has a weight.*torch\.nn\.utils\.prune\.remove\(module, name\)"),
-    "parametrised": (lambda m: parametrizations.weight_norm(m.b), r"^b is parametrised.*remove_parametrizations"),
+    "weight_norm": (lambda m: weight_norm(m.b), r"^b has a weight that WeightNorm computes.*obc.plain_layers"),
+    "spectral_norm": (lambda m: spectral_norm(m.b), r"^b has a weight.*obc.plain_layers"),
+    "masks": (mask, r"^b has a weight.*.*obc.plain_layers"),
+    "parametrised": (lambda m: parametrizations.weight_norm(m.b), r"^b is parametrised.*obc.plain_layers"),
     "compiled": (torch.compile, "compiled; prune the model that was passed"),
     "scripted": (lambda m: torch.jit.script(nn.Sequential(m.a)), "ScriptModule.*prune the model it was made of"),
     "scripted part": (

@@ -11,6 +11,8 @@ from sweep_networks import Architecture
 from torch import nn
 from torchvision_operators import import_torchvision
 
+import obc
+
 PACKAGES = ("timm", "torchvision")
 NAMES = """
 beit_base_patch16_224 test_vit convnext_atto test_convnext2 efficientnet_b0 test_efficientnet mobilenetv3_small_050
@@ -31,6 +33,7 @@ efficientvim_m1 fasternet_t0 iformer_t lowformer_b0 cpubone_b0_bfrobust csatv2 c
 gemma4_vit_167m qwen3_vit_88m nextvit_small nasnetalarge pnasnet5large samvit_base_patch16 vgg11_bn xception41
 legacy_xception convmixer_768_32
 """
+STANDARDISED = ("test_nfnet", "resnetv2_50x1_bit")
 # Fewer blocks, in the ways in which the modules take them; the first that fits.
 FEWER: tuple[dict[str, Any], ...] = ({"depth": 2}, {"depths": (1, 1, 1, 1)}, {"layers": (1, 1, 1, 1)}, {})
 SIZE = 64
@@ -60,7 +63,16 @@ def _images(name: str, batch: int, generator: torch.Generator) -> Any:
     return torch.randn(batch, *_sizes[name], generator=generator)
 
 
+def _plain(name: str) -> nn.Module:
+    model = _build(name).eval()
+    with torch.random.fork_rng():
+        obc.plain_layers(model, _images(name, 2, torch.Generator().manual_seed(0)))
+    return model
+
+
 def architectures() -> Iterator[Architecture]:
-    """One or two of each module."""
+    """One or two of each module; of some that standardise their weights also what `obc.plain_layers` makes of them."""
     for name in NAMES.split():
         yield Architecture(name, functools.partial(_build, name), functools.partial(_images, name))
+    for name in STANDARDISED:
+        yield Architecture(f"{name}:plain_layers", functools.partial(_plain, name), functools.partial(_images, name))

@@ -234,15 +234,20 @@ def _scored(model: nn.Module, inputs: Any) -> float | None:
     scores = obc.score(copy.deepcopy(model), [inputs], _loss, progress=False)
     layers = [name for name, module in model.named_modules() if isinstance(module, kinds)]
     chosen = layers[:: max(1, len(layers) // 6)][:6]
-    held = {
-        name: [p for key, p in model.get_submodule(name).named_parameters(recurse=False) if key in ("weight", "bias")]
-        for name in chosen
-    }
-    flat = [parameter for ones in held.values() for parameter in ones if parameter.requires_grad]
-    grads = dict(zip(flat, torch.autograd.grad(_loss(model, inputs), flat, allow_unused=True), strict=True))
+    plain = copy.deepcopy(model)  # gates read what a computed weight does, not the parameter that it is computed from
+    obc.plain_layers(plain, inputs)
+    held: dict[str, list[nn.Parameter]] = {}
+    grads: dict[nn.Parameter, Tensor | None] = {}
+    for one, gates in ((plain, True), (model, False)):
+        names = [name for name in chosen if name in scores and (scores.coverage[name].how == "gate") == gates]
+        own = {name: dict(one.get_submodule(name).named_parameters(recurse=False)) for name in names}
+        held |= {name: [p for key, p in ones.items() if key in ("weight", "bias")] for name, ones in own.items()}
+        flat = [p for name in names for p in held[name] if p.requires_grad]
+        if flat:
+            grads |= zip(flat, torch.autograd.grad(_loss(one, inputs), flat, allow_unused=True), strict=True)
     worst: float | None = None
     for name, parameters in held.items():
-        values = scores[name].out_channels if name in scores else None
+        values = scores[name].out_channels
         if values is None or any(grads.get(parameter) is None for parameter in parameters):
             continue
         expected = sum(

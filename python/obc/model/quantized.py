@@ -21,6 +21,7 @@ from obc.model.arguments import instance
 from obc.model.evaluation import device_of
 from obc.model.kept import PlanError
 from obc.model.names import named_modules
+from obc.model.plain_layers import put_in_place
 from obc.model.refusals import refuse_adapted
 from obc.model.rules import is_packed, packed_weight
 from obc.model.usable import refuse_non_modules
@@ -137,11 +138,7 @@ def is_quantised(module: nn.Module) -> bool:
 
 
 def _replace(model: nn.Module, layers: Mapping[str, nn.Module], dtype: torch.dtype) -> None:
-    plain = {module: _plain(name, module, dtype) for name, module in layers.items()}
-    for parent in list(model.modules()):
-        for key, child in parent._modules.items():
-            if child in plain:
-                parent._modules[key] = plain[child]
+    put_in_place(model, {module: _plain(name, module, dtype) for name, module in layers.items()})
 
 
 def _own_dtype(model: nn.Module) -> torch.dtype:

@@ -6,14 +6,16 @@ Also refuses ``save_pretrained`` of pruned ones, if ``from_pretrained`` would lo
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from obc.model.arguments import listed
 from obc.model.kept import PlanError
@@ -22,10 +24,10 @@ from obc.model.sharding import is_in_flat_shards, is_sharded
 from obc.model.usable import refuse_non_modules
 
 # Classes of hooks that compute a weight before every forward -> what turns it into a parameter again.
-_REMOVERS = {
-    "WeightNorm": "torch.nn.utils.remove_weight_norm",
-    "SpectralNorm": "torch.nn.utils.remove_spectral_norm",
-    "BasePruningMethod": "torch.nn.utils.prune.remove",
+_REMOVERS: dict[type, Callable[[nn.Module, str], nn.Module]] = {
+    WeightNorm: remove_weight_norm,
+    SpectralNorm: remove_spectral_norm,
+    prune.BasePruningMethod: prune.remove,
 }
 
 
@@ -137,20 +139,29 @@ def _classes(module: str, *names: str) -> tuple[type, ...]:
 def computed_weights(model: nn.Module) -> dict[str, str]:
     """Layer -> why it can't be sliced, if its weight is computed before every forward and is not a parameter."""
     found: dict[str, str] = {}
+    remedy = "obc.plain_layers(model, example_inputs) makes it a parameter"
     for layer, module in model.named_modules():
         if parametrize.is_parametrized(module):
+            found[layer] = f"{layer or 'the model'} is parametrised and can't be sliced; {remedy}"
+        for name, _ in computing_hooks(module):
             found[layer] = (
-                f"{layer or 'the model'} is parametrised and can't be sliced; merge it first: "
-                "torch.nn.utils.parametrize.remove_parametrizations"
+                f"{layer or 'the model'} has a weight that {name} computes before every forward, so it can't be "
+                f"sliced; {remedy} again"
             )
-        for base in (base for hook in module._forward_pre_hooks.values() for base in type(hook).__mro__):
-            if base.__module__.startswith("torch.nn.utils.") and base.__name__ in _REMOVERS:
-                found[layer] = (
-                    f"{layer or 'the model'} has a weight that {base.__name__} computes before every forward, so "
-                    f"it can't be sliced; make it a parameter again: {_REMOVERS[base.__name__]}(module"
-                    f"{', name' if base.__name__ == 'BasePruningMethod' else ''})"
-                )
     return found
+
+
+def computing_hooks(module: nn.Module) -> list[tuple[str, Callable[[], nn.Module]]]:
+    """The hooks that compute a tensor before every forward: each one's class, and what makes it a parameter again."""
+    return [
+        (
+            kind.__name__,
+            partial(remove, module, getattr(hook, "_tensor_name" if kind is prune.BasePruningMethod else "name")),
+        )
+        for hook in module._forward_pre_hooks.values()
+        for kind, remove in _REMOVERS.items()
+        if isinstance(hook, kind)
+    ]
 
 
 _REMEDY = "obc.structures.transformers.save_pruned and load_pruned keep it"

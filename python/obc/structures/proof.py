@@ -371,7 +371,8 @@ class _Prover:
             if issubclass(kind, (nn.Linear, _ConvNd)) and not kind.forward.__module__.startswith("torch."):
                 return (
                     f"; {name!r} is a {kind.__name__}, which has a forward of its own: if it computes its weight from "
-                    "all in channels (weight standardisation), replace it by a plain layer with that weight"
+                    "all in channels (weight standardisation), obc.plain_layers(model, example_inputs) puts a plain "
+                    "layer with that weight in its place"
                 )
         return ""
 

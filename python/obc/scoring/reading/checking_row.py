@@ -197,7 +197,9 @@ def settle(plan: Plan, fall_back: bool, uses: Uses) -> list[str]:
             if reason.startswith(NORMALISED):
                 names = listed([reader.name for reader in source.readers])
                 logger.warning(
-                    "scores of %s are rounding errors: %s; put a layer with that weight in its place", names, reason
+                    "scores of %s are rounding errors: %s; obc.plain_layers makes a plain layer with that weight of it",
+                    names,
+                    reason,
                 )
             fallen += [reader.name for reader in source.readers if source.gradient.fired and reader.scored]
     for reader in plan.without_source():
