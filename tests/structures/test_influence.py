@@ -16,7 +16,7 @@ pytest.importorskip("torch_pruning", reason="Torch-Pruning is missing: pip insta
 
 from random_wirings import zero_inputs
 
-from obc.structures import influence, probed_groups
+from obc.structures import influence, influence_groups, probed_groups
 from obc.structures.traced import TorchPruningStructure
 
 
@@ -382,3 +382,21 @@ def test_no_candidate_is_tried_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "first" in structure.left_out
     assert len(seen) > 3
     assert all(seen.count(one) == 1 for one in seen)
+
+
+@pytest.mark.parametrize("name", ["all", "first", "to_qkv"])  # what the layers return is drawn by name
+def test_heads_are_told_apart_where_a_softmax_saturates(name: str) -> None:
+    """Where many channels of queries and keys change at once, what a head reads may stay as it is."""
+    heads, size = 4, 6
+
+    def forward(net: Any, x: Tensor) -> Tensor:
+        q, k, v = getattr(net, name)(x).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        return net.head(net.out(((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2)).relu())
+
+    layers = {name: nn.Linear(6, 3 * heads * size), "out": nn.Linear(heads * size, 8), "head": nn.Linear(8, 3)}
+    x = torch.randn(2, 7, 6, dtype=torch.float64)
+    found = influence_groups.coupled_channels(Net(forward, **layers).double(), lambda model: model(x), [name], {}, ())
+    (heads_found,) = found.coupled
+    columns = heads_found.members["out", "in"]
+    assert heads_found.size == heads
+    assert [columns[column] for column in range(heads * size)] == [column // size for column in range(heads * size)]

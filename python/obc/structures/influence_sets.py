@@ -49,7 +49,7 @@ def change(
         useful: source -> numberings that told something with other invented numbers; those that do now are added.
     """
     if max(sizes.values()) <= _FEW:
-        _change_few(sizes, excluded, may)
+        _change_few(sizes, excluded, may, marked)
         return
     _change_by_numbers(sizes, excluded, may, useful)
     if _unsettled(sizes, excluded, may, marked):
@@ -65,7 +65,7 @@ def with_bit(size: int, bit: int, value: int) -> Tensor:
     return (torch.arange(size, device="cpu") >> bit) & 1 == value
 
 
-def _change_few(sizes: Mapping[str, int], excluded: _Excluded, may: _May) -> None:
+def _change_few(sizes: Mapping[str, int], excluded: _Excluded, may: _May, marked: _May) -> None:
     """Change the channels whose numbers have certain bits, then single ones, until it is known which an input notices.
 
     This is exact for an input that notices fewer than 16 channels, or misses one of them after the bits.
@@ -75,7 +75,9 @@ def _change_few(sizes: Mapping[str, int], excluded: _Excluded, may: _May) -> Non
             excluded({key: with_bit(size, bit, value) for key, size in sizes.items()})
     left = {key: may(key) for key in sizes}
     noticed = {key: torch.zeros_like(one) for key, one in left.items()}
-    while chosen := {key: one for key in sizes if bool((one := _single(may(key), left[key], noticed[key])).any())}:
+    while chosen := {
+        key: one for key in sizes if bool((one := _single(may(key), left[key], noticed[key], marked(key))).any())
+    }:
         excluded(chosen)
         for key, channels in chosen.items():
             noticed[key] |= may(key) & channels
@@ -86,24 +88,25 @@ def _bits(most: int) -> int:
     return (most - 1).bit_length() if most > _ENOUGH else 0
 
 
-def _single(may: Tensor, left: Tensor, noticed: Tensor) -> Tensor:
+def _single(may: Tensor, left: Tensor, noticed: Tensor, marked: Tensor) -> Tensor:
     """(channels,) bool: channels to change at once, of which each input may depend on one at most.
 
     Args:
         may: (inputs, channels) bool: the channels that an input may still depend on.
         left: the same after the bits.
         noticed: those that it is known to notice.
+        marked: those that it depends on according to other invented numbers: where many change, as in a softmax that
+            saturates, none of them may be noticed, and each alone still is.
     """
     enough = (noticed.sum(1) >= _ENOUGH) & (may == left).all(1) & (2 * may.sum(1) > may.shape[1])
     unknown = (may.sum(1) > 1) & ~enough
-    may = may & unknown[:, None]
-    wanted = (may & ~noticed).any(0)
+    wanted, reach = (may & ~noticed & unknown[:, None]).any(0), (may | marked) & unknown[:, None]
     generator = torch.Generator().manual_seed(0)
     taken, chosen = torch.zeros_like(unknown), torch.zeros_like(wanted)
     for channel in torch.randperm(len(wanted), generator=generator, device="cpu").tolist():
-        if wanted[channel] and not bool((may[:, channel] & taken).any()):
+        if wanted[channel] and not bool((reach[:, channel] & taken).any()):
             chosen[channel] = True
-            taken |= may[:, channel]
+            taken |= reach[:, channel]
     return chosen
 
 
@@ -139,7 +142,7 @@ def _unsettled(sizes: Mapping[str, int], excluded: _Excluded, may: _May, marked:
         unsettled = [key for key in sizes if not torch.equal(_parts(may(key)), _parts(may(key) & known[key]))]
         if not unsettled or turn == _ENOUGH:
             break
-        chosen = {key: _single(may(key), left[key], noticed[key]) for key in unsettled}
+        chosen = {key: _single(may(key), left[key], noticed[key], marked(key)) for key in unsettled}
         excluded(chosen)
         for key, channels in chosen.items():
             noticed[key] |= may(key) & channels
