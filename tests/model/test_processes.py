@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import logging
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
@@ -17,6 +18,7 @@ import torch
 from models import class_loss
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.fsdp import fully_shard
 
 import obc
 from obc.model import processes
@@ -147,6 +149,58 @@ def test_calls_that_failed_resume_to_the_same_bits(tmp_path: Path) -> None:
     for name, rank in itertools.product(("score", "collect"), range(2)):
         resumed, unbroken = (torch.load(tmp_path / f"{name}-{rank}{how}.pt") for how in ("", "-unbroken"))
         assert torch.equal(resumed, unbroken)
+
+
+def _unequal(rank: int, folder: str) -> None:
+    _start(rank, folder)
+    said = []
+    for short in range(2):  # whichever process ends first
+        mine = _data()[rank::2][: 3 if rank == short else 6]
+        with pytest.raises(processes.ProcessError, match="give every process equally many batches") as raised:
+            _scored_in_step(mine, dist.group.WORLD, Path(folder))
+        said.append(str(raised.value))
+        for name, call in CALLS.items():  # those that add up sums need not have equally many
+            if name != "score in step":
+                own = Path(folder) / str(rank)
+                own.mkdir(exist_ok=True)
+                assert call(mine, dist.group.WORLD, own).isfinite().all()
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(said))
+    dist.destroy_process_group()
+
+
+def test_parts_of_rows_need_equally_many_batches_in_every_process(tmp_path: Path) -> None:
+    started.processes(_unequal, (str(tmp_path),), 2)
+    for rank in range(2):
+        said = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert said[rank].startswith(f"process {rank} has ended its batches, and another has some left")
+        assert said[1 - rank].startswith(f"process {rank} has batches left, and another has none")
+
+
+def _unnamed_group(rank: int, folder: str) -> None:
+    _start(rank, folder)
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    said: list[str] = []
+    logging.getLogger("obc").addHandler(handler := logging.Handler(logging.WARNING))
+    handler.emit = lambda record: said.append(record.getMessage())
+    wrapped = nn.parallel.DistributedDataParallel(_model())
+    sharded = fully_shard(_model(), mesh=mesh)
+    for model, how in ((wrapped, "in DistributedDataParallel"), (sharded, "sharded by fully_shard")):
+        for process_group, expected in ((dist.group.WORLD, 0), (None, 1), (None, 1)):  # said once
+            obc.score(model, _data()[:2], class_loss, process_group=process_group, progress=False)
+            obc.collect(model, _data()[:2], statistics="moments", process_group=process_group, progress=False)
+            assert len(said) == expected
+        assert f"{how}, and no process_group is passed, so process {rank} reads its own batches alone" in said.pop()
+    obc.score(_model(), _data()[:2], class_loss, progress=False)
+    assert not said
+    scorer_of = nn.parallel.DistributedDataParallel(_model())
+    obc.JacobianScorer(scorer_of)
+    assert len(said) == 1
+    del wrapped, scorer_of
+    dist.destroy_process_group()
+
+
+def test_a_model_that_processes_train_together_is_not_read_alone_in_silence(tmp_path: Path) -> None:
+    started.processes(_unnamed_group, (str(tmp_path),), 2)
 
 
 @pytest.mark.parametrize("call", [_scored, _collected])

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+import weakref
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import compress
@@ -21,9 +22,11 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from obc.model.arguments import instance
-from obc.model.sharding import data_parallel_modules, is_sharded
+from obc.model.sharding import data_parallel_modules, is_fully_sharded, is_sharded
 
 logger = logging.getLogger("obc")
+
+_GOES_ON, _ENDED, _FAILED = range(3)  # what a process tells the others
 
 _SECONDS_BETWEEN_LOOKS = 1.0  # a look into the store is a message to another process
 
@@ -46,6 +49,7 @@ class _Region:
 
 
 _open: list[_Region] = []
+_warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 # Regions opened so far under a group's name; a group made again under the name goes on counting.
 _calls: dict[str, int] = {}
 
@@ -60,8 +64,11 @@ def failing_together(group: Any, *models: nn.Module) -> Iterator[None]:
             nothing is added: the other processes may be inside its exchanges.
 
     Raises:
-        ProcessError: another process failed inside the block; the message has its error.
+        ProcessError: another process failed inside the block (the message has its error), or ends it while this one
+            still exchanges numbers.
     """
+    if group is None:
+        warn_of_own_batches(*models)
     if group is None or _region(group) is not None or any(_exchanges(model) for model in models):
         yield
         return
@@ -71,7 +78,7 @@ def failing_together(group: Any, *models: nn.Module) -> Iterator[None]:
     _open.append(region)
     try:
         yield
-        _agree(region)
+        _agree(region, _ENDED)
     except ProcessError:
         raise
     except Exception as error:
@@ -79,6 +86,22 @@ def failing_together(group: Any, *models: nn.Module) -> Iterator[None]:
         raise
     finally:
         _open.remove(region)
+
+
+def warn_of_own_batches(*models: nn.Module) -> None:
+    """Warn, once a model, that one which several processes train together is read on this one's batches alone."""
+    for model in models:
+        if not isinstance(model, nn.Module) or model in _warned:
+            continue
+        wrapped = bool(data_parallel_modules(model))
+        if (wrapped or is_fully_sharded(model)) and dist.is_initialized() and dist.get_world_size() > 1:
+            _warned.add(model)
+            how = "in DistributedDataParallel" if wrapped else "sharded by fully_shard"
+            logger.warning(
+                "%s is %s, and no process_group is passed, so process %d reads its own batches alone; unless all "
+                "processes have the same batches, pass process_group=torch.distributed.group.WORLD",
+                *(type(model).__name__, how, dist.get_rank()),
+            )
 
 
 def notice() -> None:
@@ -205,16 +228,22 @@ def _naming_lost_processes() -> Iterator[None]:
         ) from error
 
 
-def _agree(region: _Region, failed: bool = False) -> None:
-    """Tell the other processes whether this one failed, and hear whether they did."""
+def _agree(region: _Region, own: int = _GOES_ON) -> None:
+    """Tell the other processes how this one does, and hear how they do."""
     on_cpu = "cpu" in dist.get_backend_config(region.group)
-    flag = torch.tensor([int(failed)], device="cpu" if on_cpu else torch.accelerator.current_accelerator())
+    flags = torch.tensor([own, -own], device="cpu" if on_cpu else torch.accelerator.current_accelerator())
     with torch.inference_mode(False), _naming_lost_processes():
-        dist.all_reduce(flag, dist.ReduceOp.MAX, group=region.group)
-    if bool(flag):
+        dist.all_reduce(flags, dist.ReduceOp.MAX, group=region.group)
+    most, least = int(flags[0]), -int(flags[1])
+    if most == _FAILED:
         raise ProcessError(
             f"{region.store.get(region.key).decode()}; this process stops with it; start all of them again, with "
             "checkpoint= where the call has it, to resume"
+        )
+    if most != least:
+        raise ProcessError(
+            f"process {dist.get_rank(region.group)} {'has ended its batches' if own else 'has batches left'}, and "
+            f"another {'has some left' if own else 'has none'}: give every process equally many batches"
         )
 
 
@@ -224,4 +253,4 @@ def _tell(region: _Region, error: Exception) -> None:
     logger.error("%s; the other processes are told", said)
     with contextlib.suppress(RuntimeError):  # they ended: there is nobody to tell
         region.store.set(region.key, said)
-        _agree(region, failed=True)
+        _agree(region, _FAILED)

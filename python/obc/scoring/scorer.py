@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from obc.model.arguments import one_of
 from obc.model.batches import RowKind
+from obc.model.processes import warn_of_own_batches
 from obc.model.sharding import is_sharded
 from obc.model.usable import refuse_inference, refuse_without_values
 from obc.scoring.errors import RowError, ScoringError, note_remedy
@@ -104,6 +105,8 @@ class JacobianScorer:
         refusals.refuse_unreadable(model)
         self.model, self.rows, self.strict = model, rows, strict
         self.process_group, self.combine = process_group, combine
+        if process_group is None:
+            warn_of_own_batches(model)
         shared = SharedRows(model, process_group, combine == "row")
         per_sample, sharded = rows == "sample", is_sharded(model)
         if sharded and check:
