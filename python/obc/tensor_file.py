@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from os import PathLike
@@ -87,3 +88,9 @@ def load_format(
         what = f"is a {kind} of another version of obc" if same else f"is not a {kind}"
         raise error(f"{path} {what}: format {found!r}, expected {' or '.join(map(repr, formats))}{remedy}")
     return tensors, header
+
+
+def numbered(tensors: Mapping[str, Tensor], name: str) -> list[Tensor]:
+    """The tensors "name:0", "name:1" and so on."""
+    keys = itertools.takewhile(lambda key: key in tensors, (f"{name}:{index}" for index in itertools.count()))
+    return [tensors[key] for key in keys]

@@ -26,14 +26,15 @@ from obc.model.arguments import (
     refuse_uncallable,
 )
 from obc.model.autocast import in_present_autocast, without_autocast
-from obc.model.batches import refuse_empty, usable_in_autograd
+from obc.model.batches import refuse_empty
 from obc.model.plan import PruningPlan
 from obc.model.progress import progress_bar
 from obc.model.usable import OTHER_MODEL, refuse_non_modules, refuse_one_model, refuse_unusable
 from obc.recovery.distillation import Distillation
 from obc.recovery.trained import Trained, prepared
 from obc.recovery.training_state import load_training, save_training
-from obc.scoring.checkpoint import fingerprint
+from obc.scoring.checkpoint import weights_of
+from obc.scoring.place import Place
 
 logger = logging.getLogger("obc")
 
@@ -112,8 +113,8 @@ def recover(
         evaluate: ``evaluate(model)`` returns a number; called before the first step, every ``every`` steps and after
             the last, in eval mode and without gradients.
         every: steps between evaluations and checkpoints; None evaluates and saves at the end only.
-        checkpoint: a file from which a run of the same models with the same arguments resumes, and another is refused;
-            replaced during training.
+        checkpoint: a file from which a run of the same models with the same arguments and batches resumes, and another
+            is refused; replaced during training. A loader may shuffle by torch's generators, which are restored.
         progress: show a progress bar; None shows it in a terminal only.
 
     Raises:
@@ -133,7 +134,7 @@ def recover(
     iterable_batches(batches)
     started = time.perf_counter()
     distillation = distillation or Distillation()
-    report = RecoveryReport()
+    report, place = RecoveryReport(), Place(ValueError, checkpoint is not None)
     flags = {module: module.training for part in (model, teacher) for module in part.modules()}
     options = {"steps": steps, "lr": lr, "train": train, "weight_decay": weight_decay, "warmup": warmup, "clip": clip}
     options |= {"accumulate": accumulate, "rank": rank if train == "lora" else None}
@@ -145,9 +146,9 @@ def recover(
     try:
         job = _Training(trained, teacher, loss_of, steps, lr, weight_decay, warmup, clip, report)
         if checkpoint is not None:
-            report.resumed_at = load_training(checkpoint, trained.model, job.optimizer, report, identity)
+            report.resumed_at = load_training(checkpoint, trained.model, job.optimizer, report, identity, place)
         teacher.eval()
-        source = _endless(batches, skip=report.resumed_at * accumulate)
+        source = _endless(batches, place)
         bar = progress_bar(progress, range(report.resumed_at, steps), desc="obc.recover")
         with without_autocast(), torch.enable_grad():
             for step in bar:
@@ -159,7 +160,7 @@ def recover(
                     logger.info("obc.recover: step %d of %d: loss %.4g", step + 1, steps, report.losses[-1])
                     job.evaluate(step + 1, evaluate)
                 if due and checkpoint is not None:
-                    save_training(checkpoint, step + 1, trained.model, job.optimizer, report, identity)
+                    save_training(checkpoint, step + 1, trained.model, job.optimizer, report, identity, place)
     finally:
         with without_autocast():
             trained.merge()
@@ -247,7 +248,7 @@ def _identity(
 ) -> dict[str, Any]:
     """What must be the same when a run resumes, as plain values."""
     losses = {key: value for key, value in vars(distillation).items() if not callable(value)}
-    weights: dict[str, Any] = {"weights": fingerprint(model), "the teacher's weights": fingerprint(teacher)}
+    weights: dict[str, Any] = {"weights": weights_of(model), "the teacher's weights": weights_of(teacher)}
     plain: dict[str, Any] = json.loads(json.dumps(weights | options | losses, default=float))
     return plain
 
@@ -314,20 +315,17 @@ def _cosine(steps: int, warmup: float) -> Callable[[int], float]:
     return factor
 
 
-def _endless(batches: Iterable[Any], skip: int) -> Iterator[Any]:
-    """Repeat the batches endlessly, skipping the first ``skip``."""
+def _endless(batches: Iterable[Any], place: Place) -> Iterator[Any]:
+    """Repeat the batches endlessly, from the place on."""
     if isinstance(batches, Iterator):
         batches = list(batches)
-    count = 0
     while True:
-        before = count
-        for batch in batches:
-            if count >= skip:
-                refuse_empty(count - before, batch)
-                yield usable_in_autograd(batch)
-            count += 1
-        if count == before:
+        for batch in place.left(batches):
+            refuse_empty(place.done - 1, batch)
+            yield batch
+        if place.done == 0:
             raise ValueError(no_batches("train on"))
+        place.ended()
 
 
 def _finite(loss: Tensor, step: int) -> float:

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from obc.files import atomic_write, refuse_non_paths
 from obc.scoring.checkpoint import refuse_other_run
+from obc.scoring.place import Place
 from obc.tensor_file import load_format
 
-_FORMAT = "obc.training/2"
+_FORMAT = "obc.training/3"
 
 
 def save_training(
@@ -27,11 +28,13 @@ def save_training(
     optimizer: torch.optim.Optimizer,
     report: Any,
     identity: Mapping[str, Any],
+    place: Place,
 ) -> None:
     """Write everything that a run of this ``identity`` needs to resume after ``step``; replaces the file atomically."""
     tensors = {f"model.{name}": tensor for name, tensor in _own_tensors(model).items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items() if isinstance(value, Tensor)}
+    tensors |= place.tensors()
     tensors["random"] = torch.get_rng_state()
     contents = {key: value for key, value in asdict(report).items() if key in ("losses", "evaluations")}
     metadata = {
@@ -39,6 +42,7 @@ def save_training(
         "step": str(step),
         "report": json.dumps(contents),
         "identity": json.dumps(identity),
+        "place": json.dumps(place.values()),
     }
     with atomic_write(path) as file:
         file.write(save({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, metadata))
@@ -50,6 +54,7 @@ def load_training(
     optimizer: torch.optim.Optimizer,
     report: Any,
     identity: Mapping[str, Any],
+    place: Place,
 ) -> int:
     """Restore a run from :func:`save_training` and return its step; 0 if there is no file.
 
@@ -74,6 +79,7 @@ def load_training(
     step, contents = int(metadata["step"]), json.loads(metadata["report"])
     report.losses[:] = contents["losses"]
     report.evaluations[:] = [tuple(entry) for entry in contents["evaluations"]]
+    place.load(tensors, json.loads(metadata["place"]))
     torch.set_rng_state(tensors["random"])
     return step
 

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
-import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from obc.files import parse_json, refuse_non_paths, remove_left_over
-from obc.model.batches import usable_in_autograd
 from obc.model.processes import own_rank
 from obc.scoring.errors import ScoringError
+from obc.scoring.place import Place, fingerprint, random_state, set_random_state
 from obc.scoring.results.row_file import RowFile
 from obc.scoring.results.row_store import RowStore
 from obc.scoring.scorer import JacobianScorer
-from obc.tensor_file import load_format, save_tensors
-
-logger = logging.getLogger("obc")
+from obc.tensor_file import load_format, numbered, save_tensors
 
 _FORMAT = "obc.checkpoint/1"
 _PARTS = ("identity", "state", "progress")
@@ -46,8 +41,9 @@ class SavedRun:
         self.path, self._form = Path(path), form
         options = {"model": type(model).__name__, "process": own_rank(), **options}
         self.identity = json.loads(json.dumps(options))
-        self.identity["weights"] = fingerprint(model)
+        self.identity["weights"] = weights_of(model)
         self._random: list[Tensor] = []
+        self._place = Place(CheckpointError)
 
     def resume(self) -> dict[str, Any] | None:
         """Load the checkpoint; returns what :meth:`save` was given, or None without a checkpoint.
@@ -72,17 +68,28 @@ class SavedRun:
         except (AttributeError, KeyError, TypeError) as error:  # a value of the wrong type
             raise CheckpointError(f"{damaged}: {error!r}; delete it") from error
         self._random = numbered(tensors, "random")
+        place = {"done": progress.get("batches", 0), "last_batch": None}  # of an older version
+        self._place.load(tensors, progress.get("place", place))
         return progress
 
     def save(self, progress: Mapping[str, Any]) -> None:
         """Write the state, and ``progress`` for :meth:`resume` to return."""
         tensors, state = self._state()
         tensors |= {f"random:{index}": generator for index, generator in enumerate(random_state())}
-        texts = {key: json.dumps(part) for key, part in zip(_PARTS, (self.identity, state, progress), strict=True)}
+        tensors |= self._place.tensors()
+        parts = (self.identity, state, {**progress, "place": self._place.values()})
+        texts = {key: json.dumps(part) for key, part in zip(_PARTS, parts, strict=True)}
         save_tensors(self.path, tensors, {"format": self._form, **texts})
 
-    def restore_random(self) -> None:
-        """Restore torch's random generators; call it after the finished batches have been skipped."""
+    def left(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """The batches that are left, with torch's random generators as they were (:meth:`Place.left`)."""
+        left = self._place.left(batches)
+        set_random_state(self._random)
+        return left
+
+    def again(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """All batches from the first one on; they must be those of the run before (:meth:`Place.again`)."""
+        yield from self._place.again(batches)
         set_random_state(self._random)
 
     def remove(self) -> None:
@@ -182,53 +189,6 @@ def refuse_other_run(
             raise error(f"the checkpoint {path} belongs to another run: other {what}; delete it, or pass another path")
 
 
-def batches_from(batches: Iterable[Any], done: int) -> Iterator[Any]:
-    """The batches from number ``done`` on. Earlier ones are not loaded if ``batches`` can be indexed.
-
-    Raises:
-        CheckpointError: there are fewer than ``done`` batches.
-    """
-    if done and isinstance(batches, Sized) and hasattr(batches, "__getitem__") and not isinstance(batches, Mapping):
-        return (usable_in_autograd(batches[index]) for index in range(done, len(batches)))
-    left = iter(batches)
-    passed = sum(1 for _ in itertools.islice(left, done))
-    if passed < done:
-        raise CheckpointError(f"the checkpoint says that {done} batches are done, but there are only {passed}")
-    return map(usable_in_autograd, left)
-
-
-def numbered(tensors: Mapping[str, Tensor], name: str) -> list[Tensor]:
-    """The tensors "name:0", "name:1" and so on."""
-    keys = itertools.takewhile(lambda key: key in tensors, (f"{name}:{index}" for index in itertools.count()))
-    return [tensors[key] for key in keys]
-
-
-def fingerprint(model: nn.Module) -> str:
-    """A hash of names, shapes and bit sums of all parameters and buffers; integer sums, so exact everywhere.
-
-    Tensors on the meta device have no bits.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
-        tensor = tensor.detach()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        if tensor.is_meta:
-            continue
-        integers = torch.int16 if tensor.element_size() % 2 == 0 else torch.uint8
-        bits = torch.atleast_1d(tensor).contiguous().view(integers)
-        digest.update(bits.sum(-1, dtype=torch.int64).cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def random_state() -> list[Tensor]:
-    """The states of torch's generators: the CPU's, and CUDA's if it is in use."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return [torch.get_rng_state(), *cuda]
-
-
-def set_random_state(states: Sequence[Tensor]) -> None:
-    """Restore what :func:`random_state` returned; an empty list changes nothing."""
-    if states:
-        torch.set_rng_state(states[0])
-        if len(states) > 1:
-            torch.cuda.set_rng_state_all(list(states[1:]))
+def weights_of(model: nn.Module) -> str:
+    """The :func:`fingerprint` of all parameters and buffers."""
+    return fingerprint(itertools.chain(model.named_parameters(), model.named_buffers()))

@@ -13,14 +13,14 @@ import torch
 from torch import nn
 
 from obc.model.arguments import iterable_batches, meant, no_batches, number, positive, refuse_uncallable
-from obc.model.batches import RowKind
+from obc.model.batches import RowKind, usable_in_autograd
 from obc.model.evaluation import LossFn, evaluating
 from obc.model.functional_uses import calling_layers
 from obc.model.processes import failing_together, gathered, notice
 from obc.model.progress import ProgressLog, progress_bar
 from obc.model.usable_batches import UsableBatches, all_finite
 from obc.scoring.batch_rows import BatchRows
-from obc.scoring.checkpoint import CheckpointError, ScorerCheckpoint, batches_from
+from obc.scoring.checkpoint import CheckpointError, ScorerCheckpoint
 from obc.scoring.label_free import label_free_loss
 from obc.scoring.results.report import PeakMemory, Report
 from obc.scoring.results.scores import Scores
@@ -74,9 +74,10 @@ def score(
             float16 gradients do not underflow; use a power of two.
         checkpoint: a file to which the state is written after every ``every`` batches. A run that was killed and is
             started again with the same arguments resumes from it and gives the same bits. Finished batches are not
-            loaded again if ``batches`` can be indexed; otherwise they are skipped. Batches must come in the same order
-            and take random numbers only from torch's generators, which are restored. The file is removed at the end.
-            Each process needs a file of its own.
+            loaded again if ``batches`` can be indexed, but for the last one; otherwise they are skipped. Batches must
+            come in the same order, which may be drawn from torch's generators: these are restored. If the last finished
+            batch is another, a list is refused, and a loader warned of. The file is removed at the end. Each process
+            needs a file of its own.
         every: batches between checkpoints.
         **options: options of :class:`obc.JacobianScorer`: modules, check, strict, fallback, process_group, combine,
             fold_groups, keep_rows, rows_to, chains.
@@ -150,13 +151,10 @@ class _Run:
             scorer.reserve_rows(total - self.done)
             self._has_room = True
         usable = batches if isinstance(batches, UsableBatches) else None
-        left = (
-            batches_from(batches, self.done)
-            if usable is None
-            else usable.over(batches_from(usable.all, self.done), self.done)
-        )
-        if self.saved is not None:
-            self.saved.restore_random()
+        given = batches if usable is None else usable.all
+        left = map(usable_in_autograd, given) if self.saved is None else self.saved.left(given)
+        if usable is not None:
+            left = usable.over(left, self.done)
         memory, started = PeakMemory(scorer.devices), time.perf_counter()
         with evaluating(scorer.model), scorer:
             bar = progress_bar(progress, left, desc="score", unit="row", total=total, initial=self.done)

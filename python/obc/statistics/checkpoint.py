@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from obc.scoring.checkpoint import SavedRun, numbered
+from obc.scoring.checkpoint import SavedRun
 from obc.scoring.coverage import Coverage
 from obc.scoring.scorer import JacobianScorer
 from obc.statistics.reader import Reader
+from obc.tensor_file import numbered
 
 _FORMAT = "obc.statistics.checkpoint/2"
 _BETWEEN = "\n"  # between the names of modules that share a sum

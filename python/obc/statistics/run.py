@@ -26,7 +26,6 @@ from obc.model.readable import readable
 from obc.model.usable import refuse_non_modules, refuse_unusable
 from obc.model.usable_batches import UsableBatches, all_finite
 from obc.scoring.batch_rows import BatchRows
-from obc.scoring.checkpoint import batches_from
 from obc.scoring.coverage import Coverage, merged
 from obc.scoring.results.report import PeakMemory, Report
 from obc.scoring.scorer import JacobianScorer
@@ -222,9 +221,7 @@ class _Run:
         if self.saved is not None and (state := self.saved.resume()) is not None:
             self.done, earlier = state["batches"], state["seconds"]
             logger.warning("resuming from %s: %d batches are done", self.saved.path, self.done)
-        left = batches_from(batches, self.done)
-        if self.saved is not None:
-            self.saved.restore_random()
+        left = map(usable_in_autograd, batches) if self.saved is None else self.saved.left(batches)
         devices = {parameter.device for parameter in self.model.parameters()}
         memory, started = PeakMemory(devices), time.perf_counter()
         with self._attached(call) as read:
@@ -251,9 +248,10 @@ class _Run:
             done, earlier = state["blocks"], state["seconds"]
             logger.warning("resuming from %s: %d blocks are done", self.saved.path, done)
         parts = []
-        for index, batch in enumerate(batches):
+        read = map(usable_in_autograd, batches) if self.saved is None else self.saved.again(batches)
+        for index, batch in enumerate(read):
             refuse_empty(index, batch)
-            parts.append(self._parts(usable_in_autograd(batch)))
+            parts.append(self._parts(batch))
         self.done = len(parts)
         if not parts:
             return
