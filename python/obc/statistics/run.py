@@ -23,6 +23,7 @@ from obc.model.layouts import is_compiled
 from obc.model.processes import failing_together, gathered, notice
 from obc.model.progress import ProgressLog, progress_bar
 from obc.model.readable import readable
+from obc.model.settings import every_submodule
 from obc.model.usable import refuse_non_modules, refuse_unusable
 from obc.model.usable_batches import UsableBatches, all_finite
 from obc.scoring.batch_rows import BatchRows
@@ -286,9 +287,7 @@ class _Run:
     def _hooked(self) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             stack.enter_context(evaluating(self.model))
-            fast = torch.backends.mha.get_fastpath_enabled()
-            stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
-            torch.backends.mha.set_fastpath_enabled(False)  # the fast path calls no submodule
+            stack.enter_context(every_submodule.changed())
             if self.backward and self.scorer is None:
                 stack.enter_context(frozen(self.model))
             for reader in self.readers.values():

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from obc.model.autocast import without_autocast
+from obc.model.settings import float32_products
 
 # Every block row is a separate product, so narrower blocks would make many small ones.
 _NARROWEST = 128
@@ -96,10 +97,5 @@ def computes_half(device: torch.device) -> bool:
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:
     """Compute float32 products in float32: TF32 and autocast keep too few bits for a matrix that is to be inverted."""
-    before = torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision("highest")
-        with without_autocast():
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    with float32_products.changed(), without_autocast():
+        yield

@@ -16,6 +16,7 @@ from obc.model.errors import explained
 from obc.model.evaluation import Run, evaluating
 from obc.model.hooks import hooked
 from obc.model.names import named_modules
+from obc.model.settings import every_submodule
 
 aten = torch.ops.aten
 Sizes = tuple[int, ...]
@@ -87,21 +88,17 @@ def counting_products(model: nn.Module, note: Callable[[Sizes], None] | None = N
     try:
         for parameter in trained:
             parameter.requires_grad_(False)  # torch's counter looks for gradient functions, which don't exist here
-        with sdpa_kernel(SDPBackend.MATH), _without_fast_path(), _plain_recurrence(model), torch.no_grad(), counter:
+        with (
+            sdpa_kernel(SDPBackend.MATH),
+            every_submodule.changed(),
+            _plain_recurrence(model),
+            torch.no_grad(),
+            counter,
+        ):
             yield counter
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
-
-
-@contextlib.contextmanager
-def _without_fast_path() -> Iterator[None]:
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 @contextlib.contextmanager

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,12 +22,14 @@ from obc.model.linear_like import acts_as_linear
 from obc.model.names import joined
 from obc.model.recurrent import is_recurrent
 from obc.model.rules import Rule, rule_for
+from obc.model.settings import Setting
 from obc.structures.reaching import unchanged_buffers
 from obc.structures.traced_plan import holds_channels
 from obc.structures.units import InnerMatterError, Members, NotPrunableError
 
 try:
     import torch_pruning as tp
+    from torch_pruning.dependency import index_mapping
 except ImportError as error:
     raise ImportError("obc.prune finds groups by Torch-Pruning: pip install torch-pruning") from error
 
@@ -46,15 +50,22 @@ class _Called:
         return function(*args)
 
 
-@contextlib.contextmanager
-def _without_checkpoints() -> Iterator[None]:
-    """Inside the block, activation checkpoints with ``use_reentrant=True`` do not hide what they run."""
-    found = checkpoints.CheckpointFunction
-    checkpoints.CheckpointFunction = _Called  # type: ignore[misc, assignment]
-    try:
-        yield
-    finally:
-        checkpoints.CheckpointFunction = found  # type: ignore[misc]
+def _mapped(graph: Any, concatenation: Any) -> None:
+    """Torch-Pruning's own, which fails if it does not know how wide one part is, as of tokens without gradients."""
+    with contextlib.suppress(TypeError):
+        _map_concatenation(graph, concatenation)
+
+
+_map_concatenation = index_mapping.update_concat_index_mapping
+_MAPPING = Setting(
+    lambda: index_mapping.update_concat_index_mapping,
+    partial(setattr, index_mapping, "update_concat_index_mapping"),
+    _mapped,
+)
+# Activation checkpoints with use_reentrant=True would hide what they run.
+_CHECKPOINTS = Setting(
+    lambda: checkpoints.CheckpointFunction, partial(setattr, checkpoints, "CheckpointFunction"), _Called
+)
 
 
 def unfollowed(error: Exception) -> str:
@@ -98,7 +109,13 @@ def trace(
     try:
         for parameter in frozen:
             parameter.requires_grad_(True)
-        with explained(model, "tracing it with Torch-Pruning", _UNTRACEABLE), _without_checkpoints():
+        with (
+            explained(model, "tracing it with Torch-Pruning", _UNTRACEABLE),
+            _CHECKPOINTS.changed(),
+            _MAPPING.changed(),
+            warnings.catch_warnings(),
+        ):
+            warnings.filterwarnings("ignore", module=r"torch_pruning\.")  # every group is proved
             try:
                 with _without_saved_tensors():
                     found = graph()
@@ -210,7 +227,7 @@ class TracedGraph:
             if pruner is None or (width := pruner.get_out_channels(module)) is None:
                 continue
             try:
-                raw = self._graph.get_pruning_group(module, pruner.prune_out_channels, list(range(width)))
+                raw = self._search(module, pruner.prune_out_channels, list(range(width)))
             except INSIDE_TORCH_PRUNING as error:
                 followed += error.followed if isinstance(error, UnboundedSearchError) else 0
                 if followed > _MOST_FOLLOWED:
@@ -222,6 +239,11 @@ class TracedGraph:
             seen.update(pruned)
             if not any(one in ignored for one in pruned):
                 yield module, raw
+
+    def _search(self, layer: Any, pruning: Any, channels: list[int]) -> Any:
+        """Torch-Pruning's group of these channels; before every search it maps channels anew."""
+        with _MAPPING.changed():
+            return self._graph.get_pruning_group(layer, pruning, channels)
 
     def contains(self, name: str) -> bool:
         """Whether tracing came upon a module."""
@@ -242,13 +264,13 @@ class TracedGraph:
             layer = dep.target.module
             if layout_of(layer) is not None and self._graph.is_in_channel_pruning_fn(dep.handler):
                 size = self._graph.get_in_channels(layer)
-                return self._graph.get_pruning_group(layer, dep.handler, list(range(size)))
+                return self._search(layer, dep.handler, list(range(size)))
         raise InnerMatterError("no layer reads the attention's output")
 
     def coupled(self, raw: Any, channel: int) -> list[int]:
         """The channels of a raw group's root that must go with one of them."""
         root = raw[0][0]
-        return list(self._graph.get_pruning_group(root.target.module, root.handler, [channel])[0][1])
+        return list(self._search(root.target.module, root.handler, [channel])[0][1])
 
     def reaches_output(self, raw: Any) -> bool:
         """Whether Torch-Pruning follows a raw group's channels to the model's output."""

@@ -6,6 +6,7 @@ row every weight's gradient is contracted. ``undo`` restores requires_grad, .gra
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from obc.model.settings import every_submodule
 from obc.model.sharding import data_parallel_modules, is_fully_sharded
 from obc.scoring.errors import ScoringError
 from obc.scoring.reading import refusals
@@ -35,7 +37,7 @@ class Attachment:
         self.norms: list[NormGradients] = []
         self.warned_of_train_mode = False  # by the first row: the mode may be set after attaching
         self._before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-        self._fastpath = torch.backends.mha.get_fastpath_enabled()
+        self._settings = contextlib.ExitStack()
         # fully_shard fixes at the first forward which parameters require a gradient: freezing one now would be final.
         self._freezes = not is_fully_sharded(model)
         self._synchronising = [
@@ -63,8 +65,7 @@ class Attachment:
 
     def _make(self) -> None:
         _attached.update(self.modules)
-        # The fast path of TransformerEncoderLayer calls no submodule, so no gate would see it.
-        torch.backends.mha.set_fastpath_enabled(False)
+        self._settings.enter_context(every_submodule.changed())
         for wrapper, _, _ in self._synchronising:  # each process keeps its own gradients
             wrapper.require_backward_grad_sync = wrapper.require_forward_param_sync = False
         for parameter, requires_grad, _ in self._before:
@@ -105,7 +106,7 @@ class Attachment:
             parameter.grad = grad
         for wrapper, backward, forward in self._synchronising:
             wrapper.require_backward_grad_sync, wrapper.require_forward_param_sync = backward, forward
-        torch.backends.mha.set_fastpath_enabled(self._fastpath)
+        self._settings.close()
         self.reading.samples = None
 
     def _refuse_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
