@@ -35,7 +35,6 @@ def save_training(
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items() if isinstance(value, Tensor)}
     tensors |= place.tensors()
-    tensors["random"] = torch.get_rng_state()
     contents = {key: value for key, value in asdict(report).items() if key in ("losses", "evaluations")}
     metadata = {
         "format": _FORMAT,
@@ -80,7 +79,6 @@ def load_training(
     report.losses[:] = contents["losses"]
     report.evaluations[:] = [tuple(entry) for entry in contents["evaluations"]]
     place.load(tensors, json.loads(metadata["place"]))
-    torch.set_rng_state(tensors["random"])
     return step
 
 

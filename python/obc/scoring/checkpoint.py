@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from obc.files import parse_json, refuse_non_paths, remove_left_over
 from obc.model.processes import own_rank
 from obc.scoring.errors import ScoringError
-from obc.scoring.place import Place, fingerprint, random_state, set_random_state
+from obc.scoring.place import Place, fingerprint
 from obc.scoring.results.row_file import RowFile
 from obc.scoring.results.row_store import RowStore
 from obc.scoring.scorer import JacobianScorer
@@ -34,6 +34,9 @@ class SavedRun:
     Args:
         model: the model, whose weights must match when the run resumes.
         options: name -> plain value of every option that must match.
+
+    Attributes:
+        place: gives the batches that are left.
     """
 
     def __init__(self, path: str | PathLike[str], form: str, model: nn.Module, options: Mapping[str, Any]) -> None:
@@ -42,8 +45,7 @@ class SavedRun:
         options = {"model": type(model).__name__, "process": own_rank(), **options}
         self.identity = json.loads(json.dumps(options))
         self.identity["weights"] = weights_of(model)
-        self._random: list[Tensor] = []
-        self._place = Place(CheckpointError)
+        self.place = Place(CheckpointError)
 
     def resume(self) -> dict[str, Any] | None:
         """Load the checkpoint; returns what :meth:`save` was given, or None without a checkpoint.
@@ -67,30 +69,17 @@ class SavedRun:
             raise CheckpointError(f"the checkpoint {self.path} belongs to another run: {error}") from error
         except (AttributeError, KeyError, TypeError) as error:  # a value of the wrong type
             raise CheckpointError(f"{damaged}: {error!r}; delete it") from error
-        self._random = numbered(tensors, "random")
         place = {"done": progress.get("batches", 0), "last_batch": None}  # of an older version
-        self._place.load(tensors, progress.get("place", place))
+        self.place.load(tensors, progress.get("place", place))
         return progress
 
     def save(self, progress: Mapping[str, Any]) -> None:
         """Write the state, and ``progress`` for :meth:`resume` to return."""
         tensors, state = self._state()
-        tensors |= {f"random:{index}": generator for index, generator in enumerate(random_state())}
-        tensors |= self._place.tensors()
-        parts = (self.identity, state, {**progress, "place": self._place.values()})
+        tensors |= self.place.tensors()
+        parts = (self.identity, state, {**progress, "place": self.place.values()})
         texts = {key: json.dumps(part) for key, part in zip(_PARTS, parts, strict=True)}
         save_tensors(self.path, tensors, {"format": self._form, **texts})
-
-    def left(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """The batches that are left, with torch's random generators as they were (:meth:`Place.left`)."""
-        left = self._place.left(batches)
-        set_random_state(self._random)
-        return left
-
-    def again(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """All batches from the first one on; they must be those of the run before (:meth:`Place.again`)."""
-        yield from self._place.again(batches)
-        set_random_state(self._random)
 
     def remove(self) -> None:
         """Delete the checkpoint at the end of a run, so that a later run with other batches does not resume from it."""

@@ -31,11 +31,13 @@ class Place:
     def __init__(self, error: type[Exception], marked: bool = True) -> None:
         self.done, self._error, self._marked = 0, error, marked
         self._beginning: list[Tensor] = []
+        self._random: list[Tensor] = []  # of the run before, until this one goes on
         self._last: str | None = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors of a checkpoint, by name."""
-        return {f"beginning:{index}": state for index, state in enumerate(self._beginning)}
+        """The tensors of a checkpoint, by name: the states of the generators at the pass's beginning, and now."""
+        states = {"beginning": self._beginning, "random": random_state()}
+        return {f"{name}:{index}": state for name, parts in states.items() for index, state in enumerate(parts)}
 
     def values(self) -> dict[str, Any]:
         """The plain values of a checkpoint."""
@@ -43,20 +45,19 @@ class Place:
 
     def load(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Take the place that a checkpoint has."""
-        self._beginning = numbered(tensors, "beginning")
+        self._beginning, self._random = numbered(tensors, "beginning"), numbered(tensors, "random")
         self.done, self._last = values["done"], values["last_batch"]
 
     def left(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """The batches of this pass that are left. Only the last one before is loaded if ``batches`` can be indexed.
+        """The batches of this pass that are left; the generators go on from where the run before was.
+
+        Only the last batch before is loaded if ``batches`` can be indexed.
 
         Raises:
             Exception: ``error``; there are fewer batches than were taken, or the last that was taken is another one.
         """
-        present = random_state()
-        if self._beginning:
-            set_random_state(self._beginning)
-        else:
-            self._beginning = present
+        set_random_state(self._beginning)
+        self._beginning = self._beginning or random_state()
         if self.done and isinstance(batches, Sized) and hasattr(batches, "__getitem__"):
             left = (batches[index] for index in range(self.done - 1, len(batches)))
             passed, last = self.done, next(left)
@@ -68,7 +69,7 @@ class Place:
             raise self._error(f"the checkpoint says that {self.done} batches are done, but there are only {passed}")
         if self.done:
             self._compare(batches, self._last, _mark(last))
-            set_random_state(present)
+            self._go_on()
         return self._noted(left)
 
     def again(self, batches: Iterable[Any]) -> Iterator[Any]:
@@ -80,10 +81,15 @@ class Place:
         before, self.done = self._last, 0
         yield from self.left(batches)
         self._compare(batches, before, self._last)
+        self._go_on()
 
     def ended(self) -> None:
         """The next pass begins."""
         self.done, self._beginning, self._last = 0, [], None
+
+    def _go_on(self) -> None:
+        set_random_state(self._random)
+        self._random = []
 
     def _noted(self, left: Iterator[Any]) -> Iterator[Any]:
         for batch in left:

@@ -152,7 +152,7 @@ class _Run:
             self._has_room = True
         usable = batches if isinstance(batches, UsableBatches) else None
         given = batches if usable is None else usable.all
-        left = map(usable_in_autograd, given) if self.saved is None else self.saved.left(given)
+        left = map(usable_in_autograd, given) if self.saved is None else self.saved.place.left(given)
         if usable is not None:
             left = usable.over(left, self.done)
         memory, started = PeakMemory(scorer.devices), time.perf_counter()

@@ -222,7 +222,7 @@ class _Run:
         if self.saved is not None and (state := self.saved.resume()) is not None:
             self.done, earlier = state["batches"], state["seconds"]
             logger.warning("resuming from %s: %d batches are done", self.saved.path, self.done)
-        left = map(usable_in_autograd, batches) if self.saved is None else self.saved.left(batches)
+        left = map(usable_in_autograd, batches) if self.saved is None else self.saved.place.left(batches)
         devices = {parameter.device for parameter in self.model.parameters()}
         memory, started = PeakMemory(devices), time.perf_counter()
         with self._attached(call) as read:
@@ -249,7 +249,7 @@ class _Run:
             done, earlier = state["blocks"], state["seconds"]
             logger.warning("resuming from %s: %d blocks are done", self.saved.path, done)
         parts = []
-        read = map(usable_in_autograd, batches) if self.saved is None else self.saved.again(batches)
+        read = map(usable_in_autograd, batches) if self.saved is None else self.saved.place.again(batches)
         for index, batch in enumerate(read):
             refuse_empty(index, batch)
             parts.append(self._parts(batch))
