@@ -59,7 +59,7 @@ class Place:
         set_random_state(self._beginning)
         self._beginning = self._beginning or random_state()
         if self.done and isinstance(batches, Sized) and hasattr(batches, "__getitem__"):
-            left = (batches[index] for index in range(self.done - 1, len(batches)))
+            left: Iterator[Any] = (batches[index] for index in range(self.done - 1, len(batches)))
             passed, last = self.done, next(left)
         else:
             left, passed, last = iter(batches), 0, None
