@@ -44,6 +44,9 @@ def cut(model: nn.Module, plan: Mapping[str, Kept]) -> None:
         holder[name] = made[id(tensor)][1] if id(tensor) in made else tensor
     for module in dict.fromkeys(module for module, _, _ in uses):
         sync_sizes(module)
+    for module, _, tensor in uses:
+        if id(tensor) in made and not type(module).__module__.startswith("torch.nn."):
+            _sync_shapes(module, tensor.shape, made[id(tensor)][1].shape)
     for module_name, module in named_modules(model):
         if module_name in plan and module._parameters.get("weight") is None:
             _resize(module, plan[module_name])
@@ -98,6 +101,19 @@ def sync_sizes(module: nn.Module) -> None:
         module.num_parameters = len(weight)
     elif layout_of(module) is not None:  # GPT-2's linear layer
         module.nx, module.nf = weight.shape  # type: ignore[assignment]
+
+
+def _sync_shapes(module: nn.Module, before: torch.Size, after: torch.Size) -> None:
+    """Change tuples and lists of a module that are the former shape of a tensor of its own, up to dimensions of one.
+
+    Such are ``normalized_shape`` of norms outside torch, and shapes that ``forward`` gives to a scale with ``view``.
+    """
+    pairs = [(old, new) for old, new in zip(before, after, strict=True) if old != 1]
+    for key, value in list(vars(module).items()):
+        ints = isinstance(value, (tuple, list)) and all(type(size) is int for size in value)
+        if key[0] != "_" and ints and value and [size for size in value if size != 1] == [old for old, _ in pairs]:
+            left = iter(new for _, new in pairs)
+            setattr(module, key, type(value)(1 if size == 1 else next(left) for size in value))
 
 
 def _resize(module: nn.Module, kept: Kept) -> None:
