@@ -54,14 +54,21 @@ class PruningPlan(Mapping[str, Kept]):
     Args:
         kept: name -> what was kept.
         depth: the removed blocks and branches.
+        counts: module -> attribute -> its value in the pruned model, of integers that count channels or heads.
     """
 
-    def __init__(self, kept: Mapping[str, Kept] | None = None, depth: Depth | None = None) -> None:
+    def __init__(
+        self,
+        kept: Mapping[str, Kept] | None = None,
+        depth: Depth | None = None,
+        counts: Mapping[str, Mapping[str, int]] | None = None,
+    ) -> None:
         instance("kept", kept, (Mapping, type(None)), "a mapping of layers' names to obc.Kept")
         self._kept = dict(kept or {})
         for name, one in self._kept.items():
             instance(f"kept[{name!r}]", one, Kept, "an obc.Kept")
         self.depth = Depth() if depth is None else depth
+        self.counts = {module: dict(values) for module, values in (counts or {}).items()}
 
     def __getitem__(self, name: str) -> Kept:
         return self._kept[name]
@@ -189,7 +196,8 @@ class PruningPlan(Mapping[str, Kept]):
                 kept[original] = one.after(earlier.get(original))
             except PlanError as error:
                 raise PlanError(f"{original}: {error}") from error
-        return PruningPlan(kept, depth)
+        counts = {**earlier.counts, **{earlier.depth.original_name(name): one for name, one in self.counts.items()}}
+        return PruningPlan(kept, depth, counts)
 
     def put_slices(self, original_state_dict: Mapping[str, Tensor], pruned_model: nn.Module) -> None:
         """Reset a pruned model's weights, in place, to the slices of the original.
@@ -226,10 +234,10 @@ class PruningPlan(Mapping[str, Kept]):
         >>> obc.PruningPlan.load("plan.json").apply(model).load_state_dict(pruned_state_dict)
 
         Sizes of torch's own layers are updated, the counts of heads and experts in models of the transformers library,
-        and the counts of heads in other attentions that obc recognises. Further counts in your own modules are not: set
-        them yourself if whole heads were removed according to ``num_heads``. Layers that share a
-        parameter must keep the same of it. Which layers read each other a plan does not say, and the model is not run:
-        run one that was edited by hand on a batch afterwards.
+        the counts of heads in other attentions that obc recognises, and the integers in your own modules that the plan
+        has in ``counts``. Set others yourself if whole heads were removed according to ``num_heads``. Layers that share
+        a parameter must keep the same of it. Which layers read each other a plan does not say, and the model is not
+        run: run one that was edited by hand on a batch afterwards.
 
         Returns:
             The model.
@@ -241,7 +249,7 @@ class PruningPlan(Mapping[str, Kept]):
         refuse_non_modules(model, "the model")
         refuse_other_lists(model, self.depth, "the model")
         self.refuse_unknown(model, "the model")
-        counts = [count for find in _COUNTS for count in find(model, self)]
+        counts = [count for find in (*_COUNTS, _own_counts) for count in find(model, self)]
         cut(model, self)
         for owner, attribute, value in counts:
             setattr(owner, attribute, value)
@@ -263,7 +271,8 @@ class PruningPlan(Mapping[str, Kept]):
             for name, kept in self.items()
         }
         depth = {"depth": dataclasses.asdict(self.depth)} if self.depth.lists or self.depth.stand_ins else {}
-        content = json.dumps({"format": _FORMAT, "version": _VERSION, "layers": layers, **depth}).encode()
+        counts = {"counts": self.counts} if self.counts else {}
+        content = json.dumps({"format": _FORMAT, "version": _VERSION, "layers": layers, **depth, **counts}).encode()
         with atomic_write(path) as file:
             file.write(content)
 
@@ -287,7 +296,8 @@ class PruningPlan(Mapping[str, Kept]):
             raise PlanError(f"{name} is a damaged pruning plan: it has no layers")
         try:
             depth = built(content["depth"], Depth) if "depth" in content else None
-            return cls({layer: _kept(fields) for layer, fields in layers.items()}, depth)
+            counts = _counts(content.get("counts", {}))
+            return cls({layer: _kept(fields) for layer, fields in layers.items()}, depth, counts)
         except ValueError as error:
             raise PlanError(f"{name} is a damaged pruning plan: {error}") from error
 
@@ -327,6 +337,19 @@ def register_counts(find: Callable[[nn.Module, PruningPlan], list[tuple[Any, str
         _COUNTS.append(find)
 
 
+def _own_counts(model: nn.Module, plan: PruningPlan) -> list[tuple[Any, str, Any]]:
+    """What the plan itself has of counts, if the model has these attributes."""
+    modules = dict(model.named_modules())
+    for name, values in plan.counts.items():
+        for attribute in values:
+            if type(vars(modules.get(name, object)).get(attribute)) is not int:
+                raise PlanError(
+                    f"the plan sets the number {joined(name, attribute)!r}, which the model lacks; pass the plan made "
+                    "for it"
+                )
+    return [(modules[name], key, value) for name, values in plan.counts.items() for key, value in values.items()]
+
+
 def _kept_count(channels: Tensor | None) -> str:
     return "all" if channels is None else str(len(channels))
 
@@ -349,6 +372,18 @@ def _kept(fields: Any) -> Kept:
         elif name not in (*_DIMENSIONS, *_SIZES) or value is not None:
             raise ValueError(f"{name} must be a positive number, got {reprlib.repr(value)}")
     return Kept(**values)
+
+
+def _counts(content: Any) -> dict[str, dict[str, int]]:
+    """Parse the counts of a file; raises ValueError if they are damaged."""
+    values = [one for each in content.values() for one in each.values()] if _is_of_dicts(content) else [None]
+    if not all(type(one) is int and 0 <= one < _LARGEST for one in values):
+        raise ValueError(f"counts must be modules with attributes and numbers, got {reprlib.repr(content)}")
+    return dict(content)
+
+
+def _is_of_dicts(content: Any) -> bool:
+    return isinstance(content, dict) and all(isinstance(one, dict) for one in content.values())
 
 
 def _indices(name: str, value: Any) -> Tensor:

@@ -79,7 +79,7 @@ def unfused(
             features, inner = (2, 1) if is_transposed(*experts_of(module)) else (1, 2)
             layer = Kept(out_channels=indices.get(features), in_channels=indices.get(inner))
             entries |= {expert_name(f"{name}.{DOWN}", place): layer for place in range(len(numbers))}
-        yield PruningPlan({**plan, **entries}, plan.depth), [name for name in sliced if name not in chosen]
+        yield PruningPlan({**plan, **entries}, plan.depth, plan.counts), [name for name in sliced if name not in chosen]
     finally:
         for module in changed:
             vars(module).pop("forward", None)

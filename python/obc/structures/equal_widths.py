@@ -27,6 +27,7 @@ from obc.structures.proof import Proof
 from obc.structures.traced_groups import Found, GroupFinder
 from obc.structures.transformers.block import Block
 from obc.structures.units import Members, NotPrunableError
+from obc.structures.width_counters import with_widths
 
 
 class StreamWidths:
@@ -108,7 +109,7 @@ def offer_equal_widths(
     """
     reasons = dict(structure.left_out)
     streams = {one.name: (one.members, len(one.members.get((one.name, "out"), {}))) for one in failed}
-    proposals = {name: widths.proposals(name, *stream) for name, stream in streams.items()}
+    proposals = {name: with_widths(structure, widths.proposals(name, *one), run) for name, one in streams.items()}
     accepted = first_proved(structure, proposals, run, proof)
     structure.left_out.update({name: reasons[name] for name in proposals if name not in accepted})
     if accepted:

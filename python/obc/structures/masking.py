@@ -257,12 +257,26 @@ def _normalise_kept(module: nn.Module, size: int, dim: int, channels: Tensor) ->
             unchanged: Tensor = forward(x, *args, **kwargs)
             return unchanged
         from_end = axis - x.dim()
-        others = (narrowed(value, from_end) for value in args)
+        others = [narrowed(value, from_end) for value in args]
         named = {key: narrowed(value, from_end) for key, value in kwargs.items()}
-        normalised = inner.forward(x.index_select(axis, kept), *others, **named)
+        read = (x.index_select(axis, kept), *others)
+        try:
+            normalised = inner.forward(*read, **named)
+        except Exception:  # a norm outside torch may hold its width
+            _hold_width(inner, size, len(stays))
+            normalised = inner.forward(*read, **named)
         return normalised.new_zeros(x.shape).index_copy(axis, kept, normalised)
 
     module.forward = over_kept
+
+
+def _hold_width(module: nn.Module, before: int, after: int) -> None:
+    """Change the width in a norm's integers, and in tuples and lists of integers."""
+    for key, value in list(vars(module).items()):
+        if type(value) is int and value == before:
+            setattr(module, key, after)
+        elif isinstance(value, (tuple, list)) and all(type(one) is int for one in value):
+            setattr(module, key, type(value)(after if one == before else one for one in value))
 
 
 def _of_kept(module: nn.Module, key: str, tensor: Tensor, stays: Tensor) -> Tensor:

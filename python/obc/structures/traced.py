@@ -42,6 +42,7 @@ from obc.structures.traced_groups import Found, GroupFinder, Settings
 from obc.structures.transformers.block import Block, count_down
 from obc.structures.units import checked_units, layer_name, renumbered_group, without_units
 from obc.structures.varied import varied_inputs
+from obc.structures.width_counters import offer_counted
 
 Layers = Sequence[nn.Module | str]
 _FOUND_BY_RUNNING = "Groups were found by running the model instead; what that does not find keeps its width"
@@ -150,6 +151,7 @@ class TorchPruningStructure:
         self._graph = TracedGraph(model, graph)
         self._finder = GroupFinder(self._graph, self._usage, settings)
         self._kept: dict[str, Kept] = {}
+        self._counts: dict[str, dict[str, int]] = {}
         self.left_out: dict[str, str] = {}
         self._groups: dict[str, ChannelGroup] = {}
         self.blocks: dict[str, Block] = {}
@@ -184,6 +186,8 @@ class TorchPruningStructure:
         proof = prove(self, run)
         others = offer_blocks(self, run, proof, self._finder.kept, self._graph.dims)
         failed = [one for one in found if one.group is not None and one.name in self.left_out]
+        offer_counted(self, failed, run, proof)
+        failed = [one for one in failed if one.name in self.left_out]
         widths = StreamWidths(self._finder, others, failed)
         offer_equal_widths(self, widths, failed, run, proof)
         produced = {part.module for group in self.groups for part in group.slices if part.side == "out"}
@@ -206,7 +210,7 @@ class TorchPruningStructure:
     @property
     def plan(self) -> PruningPlan:
         """The channels that every layer kept so far, in terms of the unpruned model."""
-        return PruningPlan(self._kept, with_lists(Depth(), outer_lists(self.model), self._kept))
+        return PruningPlan(self._kept, with_lists(Depth(), outer_lists(self.model), self._kept), self._counts)
 
     @property
     def groups(self) -> tuple[ChannelGroup, ...]:
@@ -291,7 +295,8 @@ class TorchPruningStructure:
                 kept = with_columns(kept, kept.in_channels, repeat)
             self._kept[name] = self._in_blocks(name, kept.after(self._kept.get(name)))
         for name in chosen.keys() & self.blocks.keys():
-            count_down(self._modules, self.blocks[name], len(chosen[name]))
+            for module, attribute, value in count_down(self._modules, self.blocks[name], len(chosen[name])):
+                self._counts.setdefault(module, {})[attribute] = value
         for name, group in self._groups.items():
             left = without_units(group, chosen[name]) if name in chosen else group
             self._groups[name] = renumbered_group(left, [lost.get((part.module, part.side)) for part in left.slices])
@@ -322,13 +327,14 @@ class TorchPruningStructure:
         twin = object.__new__(TorchPruningStructure)
         vars(twin).update(vars(self), model=model)
         twin._modules = dict(model.named_modules(remove_duplicate=True))
-        twin._groups, twin.left_out, twin._kept = dict(self._groups), dict(self.left_out), {}
+        twin._groups, twin.left_out, twin._kept, twin._counts = dict(self._groups), dict(self.left_out), {}, {}
         twin.blocks = dict(self.blocks)
         return twin
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TorchPruningStructure:
         copied = self.twin(copy.deepcopy(self.model, memo))
         copied._kept = dict(self._kept)
+        copied._counts = {module: dict(values) for module, values in self._counts.items()}
         return copied
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -119,13 +119,14 @@ class Layers:
 
     def counters(self, names: Sequence[str], counted: Mapping[tuple[str, ...], tuple[int, int]]) -> tuple[Counter, ...]:
         """The attributes of these modules whose values match the counts."""
-        return tuple(
-            Counter(name, key, per_unit)
+        found = {
+            (name, key): Counter(name, key, per_unit)
             for name in names
             for keys, (value, per_unit) in counted.items()
             for key in keys
             if vars(self.modules[name]).get(key) == value
-        )
+        }
+        return tuple(found.values())
 
     def rearrangements(self, name: str, counts: Mapping[int, int]) -> tuple[Counter, ...]:
         """The einops layers inside a module that are given the length of an axis by these counts -> ``per_unit``."""

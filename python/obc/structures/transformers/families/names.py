@@ -168,6 +168,22 @@ _FAMILIES = (
         outputs_around=("output",),  # BigBird-Pegasus
         head_layers=("w2e_query", "e2w_query", "e2e_query", "conv"),
     ),
+    # Attention as in Meta's Llama, gpt-fast, and textbooks (Dive into Deep Learning, The Annotated Transformer). Under
+    # ``n_local_heads`` gpt-fast has the heads of keys and values, Llama those of queries.
+    Family(
+        "llama",
+        projections=(
+            *(("wq", "wk", "wv"), ("w_q", "w_k", "w_v"), ("W_q", "W_k", "W_v")),
+            ("linears.0", "linears.1", "linears.2", "linears.3"),
+        ),
+        fused_projections={"wqkv": None},
+        outputs=("wo", "w_o", "W_o", "linears.3"),
+        attributes={
+            "heads": ("n_local_heads", "h"),
+            "key_value_heads": ("n_local_kv_heads", "n_local_heads"),
+            "head_size": ("d_k",),
+        },
+    ),
     # Experts that are separate modules, with the layer names of older Mixtral code and Llama's files.
     Family("mixtral", feed_forwards=(("w1", "w3", "w2"),)),
     # Inverted residuals of MobileNetV2, MobileViT and MobileViTV2; V2 has feed-forward blocks of 1x1 convolutions.
