@@ -93,7 +93,7 @@ def renumbered_group(group: ChannelGroup, lost: Sequence[Tensor | None]) -> Chan
 
 def renumbered(channels: Tensor, removed: Tensor | None) -> Tensor:
     """The same channels, numbered without the ``removed`` ones (ascending, none of them among ``channels``)."""
-    return channels if removed is None else channels - torch.searchsorted(removed, channels)
+    return channels if removed is None else channels - torch.searchsorted(removed, channels.contiguous())
 
 
 # --- joining channels ------------------------------------------------------------------------------------------------
