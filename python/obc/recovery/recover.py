@@ -29,6 +29,7 @@ from obc.model.autocast import in_present_autocast, without_autocast
 from obc.model.batches import refuse_empty
 from obc.model.plan import PruningPlan
 from obc.model.progress import progress_bar
+from obc.model.sharding import is_dtensor, is_sharded
 from obc.model.usable import OTHER_MODEL, refuse_non_modules, refuse_one_model, refuse_unusable
 from obc.recovery.distillation import Distillation
 from obc.recovery.trained import Trained, prepared
@@ -118,9 +119,9 @@ def recover(
         progress: show a progress bar; None shows it in a terminal only.
 
     Raises:
-        ValueError: an argument has a wrong value, the teacher shares parameters with the model, ``batches`` is empty,
-            or the loss or its gradient is not finite; then the message names the step, and the model keeps the
-            parameters before that step.
+        ValueError: an argument has a wrong value, ``checkpoint`` is given for a sharded model, the teacher shares
+            parameters with the model, ``batches`` is empty, or the loss or its gradient is not finite; then the message
+            names the step, and the model keeps the parameters before that step.
         PlanError: the plan does not describe how ``model`` came from ``teacher`` (``train="folded"``).
         ImportError: peft is missing (``train="lora"``).
     """
@@ -128,6 +129,11 @@ def recover(
     refuse_non_modules(teacher, "the teacher")
     _check_teacher(model, teacher)
     one_of("train", train, get_args(Train))
+    if checkpoint is not None and (is_sharded(model) or is_sharded(teacher)):
+        raise ValueError(
+            "checkpoint= needs whole parameters, and those of the model or the teacher are split over several "
+            "processes; leave it out, and save the model after shorter runs"
+        )
     _check(steps, lr, accumulate, warmup, every, weight_decay, clip)
     refuse_uncallable(evaluate=evaluate)
     instance("distillation", distillation, (Distillation, type(None)), "an obc.Distillation")
@@ -281,6 +287,10 @@ def _equal(one: Any, other: Any) -> bool:
     """Whether both are equal tensors; a state dict may hold other things as well."""
     if not (isinstance(one, Tensor) and isinstance(other, Tensor)):
         return True
+    if is_dtensor(one) != is_dtensor(other):
+        return False  # of one the process has a part, of the other all
+    if is_dtensor(one):
+        one, other = one.to_local(), other.to_local()  # type: ignore[attr-defined]
     return one.shape == other.shape and torch.equal(one, other.to(one))
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from obc.model.batches import usable_in_autograd
 from obc.model.evaluation import tensors_in
+from obc.model.sharding import is_dtensor
 from obc.tensor_file import numbered
 
 logger = logging.getLogger("obc")
@@ -126,13 +127,15 @@ def set_random_state(states: Sequence[Tensor]) -> None:
 def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """A hash of names, shapes and bit sums of named tensors; integer sums, so exact everywhere.
 
-    Tensors on the meta device, and sparse and nested ones, have no bits.
+    Tensors on the meta device, and sparse and nested ones, have no bits. Of a DTensor this process's part counts.
     """
     digest = hashlib.sha256()
     for name, tensor in tensors:
         if tensor.is_nested:
             continue
         tensor = tensor.detach()
+        if is_dtensor(tensor):
+            tensor = tensor.to_local()  # type: ignore[attr-defined]
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         if tensor.is_meta or tensor.layout is not torch.strided:
             continue
