@@ -54,14 +54,15 @@ class PruningPlan(Mapping[str, Kept]):
     Args:
         kept: name -> what was kept.
         depth: the removed blocks and branches.
-        counts: module -> attribute -> its value in the pruned model, of integers that count channels or heads.
+        counts: module -> attribute -> its value in the pruned model: an integer that counts channels or heads, or
+            several, of which some do.
     """
 
     def __init__(
         self,
         kept: Mapping[str, Kept] | None = None,
         depth: Depth | None = None,
-        counts: Mapping[str, Mapping[str, int]] | None = None,
+        counts: Mapping[str, Mapping[str, int | list[int]]] | None = None,
     ) -> None:
         instance("kept", kept, (Mapping, type(None)), "a mapping of layers' names to obc.Kept")
         self._kept = dict(kept or {})
@@ -338,16 +339,22 @@ def register_counts(find: Callable[[nn.Module, PruningPlan], list[tuple[Any, str
 
 
 def _own_counts(model: nn.Module, plan: PruningPlan) -> list[tuple[Any, str, Any]]:
-    """What the plan itself has of counts, if the model has these attributes."""
-    modules = dict(model.named_modules())
+    """What the plan itself has of counts, if the model has these attributes; tuples stay tuples."""
+    modules, counts = dict(model.named_modules()), list[tuple[Any, str, Any]]()
     for name, values in plan.counts.items():
-        for attribute in values:
-            if type(vars(modules.get(name, object)).get(attribute)) is not int:
+        for attribute, value in values.items():
+            before: Any = vars(modules.get(name, object)).get(attribute)
+            if isinstance(value, list) and type(before) in (list, tuple) and len(before) == len(value):
+                counts.append((modules[name], attribute, type(before)(value)))
+            elif isinstance(value, list) or type(before) is not int:
+                numbers = f"{len(value)} numbers" if isinstance(value, list) else "number"
                 raise PlanError(
-                    f"the plan sets the number {joined(name, attribute)!r}, which the model lacks; pass the plan made "
-                    "for it"
+                    f"the plan sets the {numbers} {joined(name, attribute)!r}, which the model lacks; pass the plan "
+                    "made for it"
                 )
-    return [(modules[name], key, value) for name, values in plan.counts.items() for key, value in values.items()]
+            else:
+                counts.append((modules[name], attribute, value))
+    return counts
 
 
 def _kept_count(channels: Tensor | None) -> str:
@@ -374,10 +381,11 @@ def _kept(fields: Any) -> Kept:
     return Kept(**values)
 
 
-def _counts(content: Any) -> dict[str, dict[str, int]]:
+def _counts(content: Any) -> dict[str, dict[str, int | list[int]]]:
     """Parse the counts of a file; raises ValueError if they are damaged."""
     values = [one for each in content.values() for one in each.values()] if _is_of_dicts(content) else [None]
-    if not all(type(one) is int and 0 <= one < _LARGEST for one in values):
+    numbers = [one for value in values for one in (value if isinstance(value, list) else [value])]
+    if not all(type(one) is int and 0 <= one < _LARGEST for one in numbers):
         raise ValueError(f"counts must be modules with attributes and numbers, got {reprlib.repr(content)}")
     return dict(content)
 

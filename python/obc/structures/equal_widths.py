@@ -22,7 +22,8 @@ from torch import Tensor
 
 from obc.model.evaluation import Run
 from obc.model.groups import ChannelGroup, Slice
-from obc.structures.probed_groups import Extensible, first_proved
+from obc.structures.extensible import Extensible
+from obc.structures.probed_groups import first_proved
 from obc.structures.proof import Proof
 from obc.structures.traced_groups import Found, GroupFinder
 from obc.structures.transformers.block import Block
@@ -43,14 +44,17 @@ class StreamWidths:
         self._finder, self._failed = finder, failed
         self._heads = [block for block in heads if block.group.kind == "heads"]
 
-    def proposals(self, name: str, stream: Members, width: int) -> Iterator[Block]:
+    def proposals(self, name: str, stream: Members, width: int, others: Sequence[Block] = ()) -> Iterator[Block]:
         """Channels of the same numbers in all heads, then whole heads, with the channels of a stream.
 
         Args:
             name: of the group.
             stream: everything that loses channels with the stream's ``width`` channels.
+            others: what may be further attentions, and what counts their heads is not known.
         """
-        attentions = [block for block in self._heads if _is_on(block, stream, width)]
+        known = {part.module for block in self._heads for part in block.group.slices}
+        others = [one for one in others if known.isdisjoint(part.module for part in one.group.slices)]
+        attentions = [block for block in [*self._heads, *others] if _is_on(block, stream, width)]
         counts = [block.group.size for block in attentions]
         parts, shared = math.lcm(*counts), math.gcd(*counts)
         if not attentions or width % parts:
@@ -117,10 +121,11 @@ def offer_equal_widths(
 
 
 def _is_on(attention: Block, stream: Members, width: int) -> bool:
-    """Whether an attention reads and writes the stream, and its heads together are as wide."""
+    """Whether an attention reads and writes the stream, has none of its channels, and its heads are as wide."""
     group = attention.group
     writes = any(part.channels.numel() == width and (part.module, "out") in stream for part in group.consumers)
-    return writes and (group.slices[0].module, "in") in stream
+    apart = all((part.module, part.side) not in stream for part in group.slices)
+    return apart and writes and (group.slices[0].module, "in") in stream
 
 
 def _of_every_head(part: Slice, width: int, parts: int) -> Slice | None:

@@ -11,16 +11,17 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from obc.model.evaluation import Run
 from obc.model.groups import ChannelGroup
+from obc.structures.extensible import Extensible
+from obc.structures.held_counts import Held, counted, counts_read
 from obc.structures.influence_groups import Coupled, coupled_channels
 from obc.structures.proof import Proof, prove
-from obc.structures.protocol import Provable
 from obc.structures.traced_groups import Found, GroupFinder
 from obc.structures.transformers.block import Block
 from obc.structures.units import Members, NotPrunableError
@@ -31,21 +32,8 @@ _MOST_TRIES = 12
 _TRIES = 5
 
 
-class Extensible(Provable, Protocol):
-    """A structure that accepts further groups; some are blocks, with counts that change with their units.
-
-    Leaving a group out takes its block away.
-    """
-
-    left_out: dict[str, str]
-    blocks: dict[str, Block]
-
-    def offer(self, group: ChannelGroup) -> None:
-        """Add a group to ``groups``."""
-
-
-# (name of a group, its members, the number of their channels) -> what else may go with them.
-More = Callable[[str, Members, int], Iterator[Block]]
+# (name of a group, its members, the number of their channels, what may be attentions) -> what else may go with them.
+More = Callable[[str, Members, int, Sequence[Block]], Iterator[Block]]
 
 
 def recover(
@@ -117,9 +105,19 @@ def _by_influence(
             "running the model finds no smaller set of channels that go together than all of them"
         )
         finder.dims.update(one.dims)
+    held = counts_read(structure.model, run) if coupled else {}
+    attentions = [
+        Block(group) for name, one in coupled.items() for group in itertools.islice(_groups(finder, name, one), 1)
+    ]
     proposals: dict[str, Iterator[Block]] = {
-        name: itertools.chain(
-            () if bool(one.kinds.any()) else more(name, one.members, one.size), map(Block, _groups(finder, name, one))
+        name: _with_counts(
+            structure,
+            itertools.chain(
+                () if bool(one.kinds.any()) else more(name, one.members, one.size, attentions),
+                map(Block, _groups(finder, name, one)),
+            ),
+            held,
+            run,
         )
         for name, one in coupled.items()
     }
@@ -166,6 +164,14 @@ def first_proved(structure: Extensible, proposals: Mapping[str, Iterator[Block]]
             elif name not in proved.left_out:
                 structure.leave_out(name, proved.unproved.get(name, "its removal could not be tried"))
     return accepted
+
+
+def _with_counts(structure: Extensible, blocks: Iterator[Block], held: Held, run: Run) -> Iterator[Block]:
+    """Each block as it is, and then with the counts that follow its units, if none is known to."""
+    for block in blocks:
+        yield block
+        if not block.counters:
+            yield from counted(structure, block.group, held, run)
 
 
 # --- units ----------------------------------------------------------------------------------------------------

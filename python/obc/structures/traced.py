@@ -151,7 +151,7 @@ class TorchPruningStructure:
         self._graph = TracedGraph(model, graph)
         self._finder = GroupFinder(self._graph, self._usage, settings)
         self._kept: dict[str, Kept] = {}
-        self._counts: dict[str, dict[str, int]] = {}
+        self._counts: dict[str, dict[str, int | list[int]]] = {}
         self.left_out: dict[str, str] = {}
         self._groups: dict[str, ChannelGroup] = {}
         self.blocks: dict[str, Block] = {}

@@ -13,7 +13,7 @@ from dataclasses import replace
 from obc.model.evaluation import Run
 from obc.model.groups import Side
 from obc.model.names import is_within
-from obc.structures.probed_groups import Extensible
+from obc.structures.extensible import Extensible
 from obc.structures.proof import Proof
 from obc.structures.transformers.block import Block
 from obc.structures.transformers.blocks import Finder

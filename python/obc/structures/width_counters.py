@@ -18,7 +18,8 @@ from obc.model.evaluation import Run
 from obc.model.names import named_modules, outer_names
 from obc.model.shared_copy import shared_copy
 from obc.structures.comparison import run_alike
-from obc.structures.probed_groups import Extensible, first_proved
+from obc.structures.extensible import Extensible
+from obc.structures.probed_groups import first_proved
 from obc.structures.proof import Proof
 from obc.structures.traced_groups import Found
 from obc.structures.transformers.block import Block, count_down

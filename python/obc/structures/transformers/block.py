@@ -160,17 +160,17 @@ def axis_key(axis: Axis) -> tuple[str, int]:
     return f"{axis.module}.{axis.tensor}" if axis.module else axis.tensor, axis.dim
 
 
-def count_down(modules: Mapping[str, nn.Module], block: Block, units: int) -> list[tuple[str, str, int]]:
+def count_down(modules: Mapping[str, nn.Module], block: Block, units: int) -> list[tuple[str, str, int | list[int]]]:
     """Let the modules that count a block's units know that so many are gone.
 
     Returns:
-        (module, attribute, new value) of those that are numbers.
+        (module, attribute, new value) of those that are numbers, or lists or tuples of numbers.
     """
-    numbers = []
+    numbers = list[tuple[str, str, int | list[int]]]()
     for counter in block.counters:
         module = modules[counter.module]
         for attribute, value in counter.without(module, units).items():
             setattr(module, attribute, value)
-            if isinstance(value, int):
-                numbers.append((counter.module, attribute, value))
+            if not counter.axis:
+                numbers.append((counter.module, attribute, value if isinstance(value, int) else list(value)))
     return numbers

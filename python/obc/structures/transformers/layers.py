@@ -22,16 +22,20 @@ class Counter:
 
     Attributes:
         axis: if the attribute is einops' mapping of axes to lengths, the axis that counts.
+        place: if the attribute is a list or tuple of counts, the place of this one.
     """
 
     module: str
     attribute: str
     per_unit: int
     axis: str = ""
+    place: int | None = None
 
     def without(self, module: nn.Module, units: int) -> dict[str, Any]:
         """The attributes of the module, and their values once so many units are gone."""
         before, gone = getattr(module, self.attribute), self.per_unit * units
+        if self.place is not None:
+            return {self.attribute: type(before)(n - gone * (place == self.place) for place, n in enumerate(before))}
         if not self.axis:
             return {self.attribute: before - gone}
         lengths = {**before, self.axis: before[self.axis] - gone}

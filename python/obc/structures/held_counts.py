@@ -1,0 +1,142 @@
+"""Counts of a group's units and channels that modules hold as attributes, under any name, and read when they run.
+
+A module may split what it reads by widths that it keeps in a list, or reshape it by a number of heads, a width of a
+head, or a hidden size. It does not run on fewer channels until these follow. Which do is tried on copies: as few
+attributes as possible change, and the proof decides.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from obc.model.evaluation import Run
+from obc.model.groups import ChannelGroup, Slice
+from obc.model.layouts import layout_of
+from obc.model.names import is_within, named_modules
+from obc.model.shared_copy import shared_copy
+from obc.structures.comparison import run_alike
+from obc.structures.extensible import Extensible
+from obc.structures.removal import size_of
+from obc.structures.transformers.block import Block
+from obc.structures.transformers.layers import Counter
+
+# Of the attributes that may count, and of the choices among them with which a model runs.
+_MOST_COUNTS, _MOST_CHOICES = 5, 3
+
+# Module -> attribute -> the counts that it holds: one, or several in a list or tuple.
+Held = dict[str, dict[str, Any]]
+
+
+def counts_read(model: nn.Module, run: Run) -> Held:
+    """The counts that modules other than torch's own read while ``run(model)`` runs; empty if it fails.
+
+    A count is an integer above 1, a list or tuple one of integers.
+    """
+    watched, found = shared_copy(model), Held()
+    try:
+        for name, module in named_modules(watched):
+            kind = type(module)
+            if not kind.__module__.startswith("torch.nn."):
+                module.__class__ = type(kind.__name__, (kind,), {"__getattribute__": _noting(name, found)})
+        run_alike(watched, run)
+    except Exception:  # the model's own code, which may not run as another class
+        return {}
+    return found
+
+
+def _noting(name: str, found: Held) -> Any:
+    def noting(module: nn.Module, key: str) -> Any:
+        value = object.__getattribute__(module, key)
+        if not key.startswith("__") and _counts(value) and key in object.__getattribute__(module, "__dict__"):
+            found.setdefault(name, {})[key] = value
+        return value
+
+    return noting
+
+
+def _counts(value: Any) -> bool:
+    return (type(value) is int and value > 1) or (
+        type(value) in (list, tuple) and len(value) > 0 and all(type(one) is int for one in value)
+    )
+
+
+def counted(structure: Extensible, group: ChannelGroup, held: Held, run: Run) -> Iterator[Block]:
+    """The group with counts that follow its units, and with which the model runs without half of them.
+
+    Args:
+        structure: has the model; it does not have the group.
+        group: a group without which, so far, the model does not run.
+        held: see :func:`counts_read`.
+        run: see :func:`obc.structures.proof.prove`.
+    """
+    widths, numbers = _following(dict(named_modules(structure.model)), group, held)
+    found, runs = [*numbers, *widths][:_MOST_COUNTS], 0
+    for chosen in itertools.chain(*(itertools.combinations(found, n) for n in range(1, len(found) + 1))):
+        heads = any(one in numbers for one in chosen) and group.slices[0].channels.shape[1] > 1
+        block = Block(replace(group, kind="heads") if heads else group, counters=tuple(itertools.chain(*chosen)))
+        if _runs(structure, block, run):
+            yield block
+            runs += 1
+        if runs == _MOST_CHOICES:
+            return
+
+
+def _following(
+    modules: Mapping[str, nn.Module], group: ChannelGroup, held: Held
+) -> tuple[list[list[Counter]], list[list[Counter]]]:
+    """What may count the group's channels, and what its units, in the modules that hold its layers.
+
+    Attributes of one name in modules of one class change together.
+    """
+    widths, numbers = dict[Hashable, list[Counter]](), dict[Hashable, list[Counter]]()
+    for name, counts in held.items():
+        parts = [part for part in group.slices if is_within(part.module, name)]
+        sizes = {_size(modules, part): part.channels for part in parts}
+        for key, value in counts.items() if parts else ():
+            kind = type(modules[name]), key
+            if type(value) is not int and (channels := sizes.get(sum(value))) is not None:
+                widths.setdefault(kind, []).extend(_split(Counter(name, key, 0), value, channels))
+                continue
+            for place, one in enumerate([value] if type(value) is int else value):
+                counter = Counter(name, key, 0, place=None if type(value) is int else place)
+                if (channels := sizes.get(one)) is not None:
+                    widths.setdefault((*kind, place), []).append(replace(counter, per_unit=channels.shape[1]))
+                elif one > 1 and one % group.size == 0 and any(size % one == 0 for size in sizes):
+                    numbers.setdefault((*kind, place), []).append(replace(counter, per_unit=one // group.size))
+    return [one for one in widths.values() if one], [*numbers.values()]
+
+
+def _size(modules: Mapping[str, nn.Module], part: Slice) -> int:
+    """The width of the layer on the slice's side."""
+    module = modules.get(part.module)
+    return part.channels.numel() if module is None or layout_of(module) is None else size_of(module, part.side)
+
+
+def _split(counter: Counter, widths: Sequence[int], channels: Tensor) -> list[Counter]:
+    """Counts of the pieces of a split from which every unit takes as many channels; none if units differ."""
+    ends = torch.tensor(widths, device="cpu").cumsum(0)
+    pieces = torch.searchsorted(ends, channels.contiguous(), right=True)
+    taken = nn.functional.one_hot(pieces, len(widths)).sum(1)
+    if not bool((taken == taken[0]).all()):
+        return []
+    return [replace(counter, per_unit=n, place=place) for place, n in enumerate(taken[0].tolist()) if n]
+
+
+def _runs(structure: Extensible, block: Block, run: Run) -> bool:
+    """Whether the model runs without half of the block's units, and with counts without them."""
+    trial: Any = structure.twin(shared_copy(structure.model))
+    name, gone = block.group.name, max(1, block.group.size // 2)
+    trial.blocks[name] = block
+    trial.offer(block.group)
+    try:
+        trial.remove({name: torch.arange(gone, device="cpu")})
+        run_alike(trial.model, run)
+    except Exception:  # the model's own code
+        return False
+    return True
