@@ -42,8 +42,8 @@ def cut(model: nn.Module, plan: Mapping[str, Kept]) -> None:
     for module, name, tensor in uses:
         holder: Any = module._parameters if isinstance(tensor, nn.Parameter) else module._buffers
         holder[name] = made[id(tensor)][1] if id(tensor) in made else tensor
-    for module in dict.fromkeys(module for module, _, _ in uses):
-        sync_sizes(module)
+    for module in dict.fromkeys(module for module, _, tensor in uses if id(tensor) in made):
+        _sync_sizes(module)
     for module, _, tensor in uses:
         if id(tensor) in made and not type(module).__module__.startswith("torch.nn."):
             _sync_shapes(module, tensor.shape, made[id(tensor)][1].shape)
@@ -69,7 +69,7 @@ def _laid_out_like(tensor: Tensor, taken: Tensor) -> Tensor:
     return taken.contiguous(memory_format=last)
 
 
-def sync_sizes(module: nn.Module) -> None:
+def _sync_sizes(module: nn.Module) -> None:
     """Set the sizes that a layer keeps as attributes to those of its tensors; before that they are the former ones."""
     weight = module._parameters.get("weight")
     if isinstance(module, nn.MultiheadAttention):

@@ -40,7 +40,7 @@ from obc.structures.traced_blocks import offer_blocks
 from obc.structures.traced_graph import TracedGraph, trace
 from obc.structures.traced_groups import Found, GroupFinder, Settings
 from obc.structures.transformers.block import Block, count_down
-from obc.structures.units import checked_units, layer_name, renumbered_group, without_units
+from obc.structures.units import checked_units, group_left, layer_name
 from obc.structures.varied import varied_inputs
 from obc.structures.width_counters import offer_counted
 
@@ -276,13 +276,7 @@ class TorchPruningStructure:
             ValueError: nothing would be left of a group.
             PlanError: layers that share a parameter would lose different channels.
         """
-        instance("units", units, Mapping, "a mapping of groups' names to indices")
-        least = self.limits.min_units
-        chosen = {
-            name: checked_units(self._groups, name, indices, least.get(name, 1)) for name, indices in units.items()
-        }
-        chosen = {name: indices for name, indices in chosen.items() if len(indices)}
-        if not chosen:
+        if not (chosen := checked_units(self.groups, units, self.limits.min_units)):
             return
         lost = lost_channels(self.groups, chosen)
         step = step_of(self._modules, lost, self._graph.dims)
@@ -298,8 +292,8 @@ class TorchPruningStructure:
             for module, attribute, value in count_down(self._modules, self.blocks[name], len(chosen[name])):
                 self._counts.setdefault(module, {})[attribute] = value
         for name, group in self._groups.items():
-            left = without_units(group, chosen[name]) if name in chosen else group
-            self._groups[name] = renumbered_group(left, [lost.get((part.module, part.side)) for part in left.slices])
+            gone = [lost.get((part.module, part.side)) for part in group.slices]
+            self._groups[name] = group_left(group, chosen.get(name), gone)
         self._groups = {name: group for name, group in self._groups.items() if group.size}
 
     def _size(self, name: str, side: Side) -> int:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from obc.model.arguments import listed, meant
+from obc.model.arguments import instance, listed, meant
 from obc.model.groups import ChannelGroup, Side, Slice
 from obc.model.kept import staying
 
@@ -18,27 +18,41 @@ class NotPrunableError(ValueError):
     """Why a group that was found can't be pruned; ``left_out`` keeps the reason."""
 
 
-def checked_units(groups: Mapping[str, ChannelGroup], name: str, units: Tensor, least: int = 1) -> Tensor:
-    """The units to remove from the group ``name``: ascending int64 indices on the CPU, each once.
+def checked_units(
+    groups: Iterable[ChannelGroup], units: Mapping[str, Tensor], least: Mapping[str, int]
+) -> dict[str, Tensor]:
+    """The units to remove from each named group: ascending int64 indices on the CPU, each once; no group without any.
 
     Args:
-        units: indices of its units.
-        least: the number of units that must stay.
+        units: group -> indices of its units.
+        least: group -> the number of units that must stay, 1 by default.
 
     Raises:
+        TypeError: ``units`` is no mapping.
         KeyError: no group has the name.
         IndexError: the group has no such unit.
         ValueError: too little would be left of the group.
     """
-    if name not in groups:
-        raise KeyError(f"no group is named {name!r}: there are {listed([*map(repr, groups)])}")
-    units = torch.as_tensor(units, dtype=torch.int64, device="cpu").unique()
-    size = groups[name].size
-    if len(units) and not 0 <= int(units[0]) <= int(units[-1]) < size:
-        raise IndexError(f"{name!r} has units 0 to {size - 1}, got {int(units[0])} to {int(units[-1])}")
-    if len(units) and size - len(units) < least:
-        raise ValueError(f"{len(units)} of the {size} units of {name!r} were to be removed; at least {least} must stay")
-    return units
+    instance("units", units, Mapping, "a mapping of groups' names to indices")
+    sizes, chosen = {group.name: group.size for group in groups}, dict[str, Tensor]()
+    for name, indices in units.items():
+        if name not in sizes:
+            raise KeyError(f"no group is named {name!r}: there are {listed([*map(repr, sizes)])}")
+        gone, size, stays = (
+            torch.as_tensor(indices, dtype=torch.int64, device="cpu").unique(),
+            sizes[name],
+            least.get(name, 1),
+        )
+        if not len(gone):
+            continue
+        if not 0 <= int(gone[0]) <= int(gone[-1]) < size:
+            raise IndexError(f"{name!r} has units 0 to {size - 1}, got {int(gone[0])} to {int(gone[-1])}")
+        if size - len(gone) < stays:
+            raise ValueError(
+                f"{len(gone)} of the {size} units of {name!r} were to be removed; at least {stays} must stay"
+            )
+        chosen[name] = gone
+    return chosen
 
 
 def layer_name(modules: Mapping[str, nn.Module], layer: nn.Module | str, argument: str) -> str:
@@ -73,27 +87,24 @@ def without(tensor: Tensor, removed: Tensor, dim: int = 0) -> Tensor:
     return tensor.index_select(dim, staying(tensor.shape[dim], removed).to(tensor.device))
 
 
-def without_units(group: ChannelGroup, removed: Tensor) -> ChannelGroup:
-    """The group without the units ``removed``; the other units' channels keep their numbers."""
-    slices = (replace(part, channels=without(part.channels, removed)) for part in group.slices)
-    return replace(group, slices=tuple(slices))
-
-
-def renumbered_group(group: ChannelGroup, lost: Sequence[Tensor | None]) -> ChannelGroup:
-    """The group after channels of other groups were removed.
+def group_left(group: ChannelGroup, units: Tensor | None, lost: Sequence[Tensor | None]) -> ChannelGroup:
+    """The group after some of its units, and channels of other groups, were removed.
 
     Args:
         group: the group, with channels numbered as before.
+        units: its removed units; None if it keeps all.
         lost: for each slice, the channels that its side of the layer lost, ascending; None if none.
     """
-    parts = zip(group.slices, lost, strict=True)
-    slices = (replace(part, channels=renumbered(part.channels, removed)) for part, removed in parts)
+    slices = []
+    for part, removed in zip(group.slices, lost, strict=True):
+        channels = part.channels if units is None else without(part.channels, units)
+        slices.append(
+            replace(
+                part,
+                channels=channels if removed is None else channels - torch.searchsorted(removed, channels.contiguous()),
+            )
+        )
     return replace(group, slices=tuple(slices))
-
-
-def renumbered(channels: Tensor, removed: Tensor | None) -> Tensor:
-    """The same channels, numbered without the ``removed`` ones (ascending, none of them among ``channels``)."""
-    return channels if removed is None else channels - torch.searchsorted(removed, channels.contiguous())
 
 
 # --- joining channels ------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from obc.model.groups import ChannelGroup, Side, Slice
-from obc.model.kept import Kept
+from obc.model.kept import Kept, staying
 from obc.model.layouts import is_depthwise, layout_of
 from obc.structures.transformers.layers import Counter, Layers
 from obc.structures.units import NotPrunableError
@@ -147,12 +147,12 @@ def layer_axes(name: str, module: nn.Module, side: Side) -> tuple[Axis, ...]:
     return (Axis(name, "weight", dim, name, side, raw=False), *bias)
 
 
-def narrow(kept: Mapping[str, Kept], axis: Axis, size: int, removed: Tensor) -> Kept:
-    """The plan's entry of an axis after the positions ``removed`` of its ``size`` were removed."""
-    before, dim = kept.get(axis.key, Kept()), axis.dim if axis.raw else None
+def cut_along(axis: Axis, size: int, removed: Tensor, other: Kept | None = None) -> Kept:
+    """The plan's entry that removes these positions of an axis of this size; ``other`` says the other side."""
+    stays, dim = staying(size, removed), axis.dim if axis.raw else None
     if axis.slot == "out":
-        return replace(before.narrowed_out(size, removed), dim=dim)
-    return replace(before.narrowed_in(size, removed), in_dim=dim)
+        return replace(other or Kept(), out_channels=stays, out_size=size, dim=dim)
+    return replace(other or Kept(), in_channels=stays, in_size=size, in_dim=dim)
 
 
 def axis_key(axis: Axis) -> tuple[str, int]:

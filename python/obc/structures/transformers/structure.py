@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from obc.model.arguments import instance, several
+from obc.model.arguments import several
 from obc.model.costs import Costs
 from obc.model.depth import BlockList, Depth, compact, expand, is_compact, original_names, outer_lists, with_lists
 from obc.model.evaluation import call
@@ -337,16 +337,12 @@ class TransformersStructure:
             IndexError: a group has no such unit.
             ValueError: too little would be left of a group, or :meth:`compact` was called before.
         """
-        instance("units", units, Mapping, "a mapping of groups' names to indices")
         if self._depth and is_compact(self.model, self._depth):
             raise ValueError(
                 "compact() deleted blocks from the model's lists, so groups have other names; continue with "
                 "TransformersStructure(model, plan=structure.plan)"
             )
-        groups, least = {group.name: group for group in self.groups}, self.limits.min_units
-        chosen = {name: checked_units(groups, name, indices, least.get(name, 1)) for name, indices in units.items()}
-        chosen = {name: indices for name, indices in chosen.items() if len(indices)}
-        if not chosen:
+        if not (chosen := checked_units(self.groups, units, self.limits.min_units)):
             return
         vanishing = [self._depth_units[name] for name in chosen if name in self._depth_units]
         self.weights.remove(

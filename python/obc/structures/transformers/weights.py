@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
-from obc.model.cutting import sync_sizes
+from obc.model.cutting import cut
 from obc.model.depth import put_stand_in
 from obc.model.groups import Slice
 from obc.model.kept import Kept
-from obc.model.shared_copy import Uses, parameter_uses, replace_parameter
-from obc.structures.transformers.block import Axis, Block, axis_key, count_down, layer_axes, narrow
+from obc.structures.transformers.block import Axis, Block, axis_key, count_down, cut_along, layer_axes
 from obc.structures.transformers.depth import DepthUnit
-from obc.structures.units import renumbered_group, without, without_units
+from obc.structures.units import group_left
 
 
 class BlockWeights:
@@ -54,45 +54,28 @@ class BlockWeights:
         return axes
 
     def remove(self, chosen: Mapping[str, Tensor]) -> None:
-        """Remove these units of each named group, and renumber the channels of groups that share its dimensions."""
-        names = list(self.blocks)
-        sharing = {key: [names[index] for index, _ in found] for key, found in self.slices_by_axis().items()}
-        uses = parameter_uses(self.modules.values())
+        """Remove these units of each named group, and renumber the channels that are left.
+
+        Raises:
+            PlanError: a tensor can't be cut; nothing was removed.
+        """
+        places = {name: [self.axes(block, part) for part in block.group.slices] for name, block in self.blocks.items()}
+        lost: dict[tuple[str, int], Tensor] = {}  # axis -> the positions that it loses
+        step: dict[str, Kept] = {}
         for name, units in chosen.items():
-            lost = self._cut(self.blocks[name], units, uses)
-            self.blocks[name] = replace(self.blocks[name], group=without_units(self.blocks[name].group, units))
-            for other in dict.fromkeys(other for key in lost for other in sharing[key]):
-                coupled = self.blocks[other]
-                removed_from = [lost.get(axis_key(self.axes(coupled, part)[0])) for part in coupled.group.slices]
-                self.blocks[other] = replace(coupled, group=renumbered_group(coupled.group, removed_from))
-
-    def _cut(self, block: Block, units: Tensor, uses: Uses) -> dict[tuple[str, int], Tensor]:
-        """Shorten all tensors that lose channels with these units; returns axis -> the positions that it lost."""
-        removals = [
-            (self.axes(block, part), part.channels[units].flatten().sort().values) for part in block.group.slices
-        ]
-        for axes, removed in removals:
-            for axis in {(axis.key, axis.slot): axis for axis in axes}.values():
-                self.kept[axis.key] = narrow(self.kept, axis, self.tensor(axis).shape[axis.dim], removed)
-        shortened: dict[tuple[int, int], Tensor] = {}  # keeps the tensors too, so that their ids stay unique
-        for axes, removed in removals:
-            for axis in axes:
-                self._shorten(axis, removed, shortened, uses)
-        for layer in dict.fromkeys(axis.module for axes, _ in removals for axis in axes):
-            sync_sizes(self.modules[layer])
-        count_down(self.modules, block, len(units))
-        return {axis_key(axis): removed for axes, removed in removals for axis in axes}
-
-    def _shorten(self, axis: Axis, removed: Tensor, shortened: dict[tuple[int, int], Tensor], uses: Uses) -> None:
-        """Give the axis's module a shorter parameter; modules that share one get the same new one, shortened once."""
-        old = self.tensor(axis)
-        if (id(old), axis.dim) in shortened:
-            return
-        if not isinstance(old, nn.Parameter):  # running statistics, which no other module has
-            self.modules[axis.module]._buffers[axis.tensor] = without(old, removed, axis.dim)
-            return
-        new = replace_parameter(uses, old, without(old.detach(), removed, axis.dim))
-        shortened[id(new), axis.dim] = new
+            for part, axes in zip(self.blocks[name].group.slices, places[name], strict=True):
+                for axis in axes:
+                    gone, key = part.channels[units].flatten(), axis_key(axis)
+                    lost[key] = torch.cat([lost.get(key, gone[:0]), gone]).unique()
+                    size = self.tensor(axis).shape[axis.dim]
+                    step[axis.key] = cut_along(axis, size, lost[key], step.get(axis.key))
+        cut(self.modules[""], step)
+        self.kept |= {key: one.after(self.kept.get(key)) for key, one in step.items()}
+        for name, block in self.blocks.items():
+            gone_here = [lost.get(axis_key(axes[0])) for axes in places[name]]
+            self.blocks[name] = replace(block, group=group_left(block.group, chosen.get(name), gone_here))
+        for name, units in chosen.items():
+            count_down(self.modules, self.blocks[name], len(units))
 
     def remove_module(self, model: nn.Module, unit: DepthUnit) -> None:
         """Replace a whole block or branch by stand-ins; the groups inside it go too."""
