@@ -86,16 +86,6 @@ class Kept:
         assert columns is not None
         return with_columns(both, columns, earlier.in_repeat)
 
-    def narrowed_out(self, size: int, removed: Tensor) -> Kept:
-        """This entry after a further step removed the positions ``removed`` of the remaining ``size`` out channels."""
-        whole = size if self.out_channels is None else self.out_size
-        return replace(self, out_channels=narrowed(self.out_channels, size, removed), out_size=whole)
-
-    def narrowed_in(self, size: int, removed: Tensor, repeat: int = 1) -> Kept:
-        """The same for in channels: ``size`` and ``removed`` count columns, of which each channel has ``repeat``."""
-        whole = size if self.in_channels is None else self.in_size
-        return with_columns(replace(self, in_size=whole), narrowed(self.in_columns, size, removed), repeat)
-
 
 def _check(name: str, indices: Any) -> None:
     expected = f"{name} must be a tensor of the kept channels' int64 indices, (kept,), each once"
@@ -145,12 +135,6 @@ def kept_of(plan: Mapping[str, Kept], module_name: str, key: str) -> Kept | None
     """The plan's entry for the tensor ``key`` of a module; None if it is unpruned."""
     # torch's attention shares one entry with its output projection.
     return plan.get(key) or plan.get(module_name) or plan.get(module_name.removesuffix(".out_proj"))
-
-
-def narrowed(kept: Tensor | None, size: int, removed: Tensor) -> Tensor:
-    """The kept indices after a further step removed the positions ``removed`` of the remaining ``size``."""
-    stays = staying(size if kept is None else len(kept), removed)
-    return stays if kept is None else kept[stays]
 
 
 def staying(size: int, removed: Tensor) -> Tensor:

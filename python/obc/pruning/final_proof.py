@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from obc.model.arguments import listed, no_batches
 from obc.model.errors import layer_in
 from obc.model.evaluation import Run
-from obc.model.kept import narrowed, staying
+from obc.model.kept import staying
 from obc.model.names import is_within, joined, named_modules, named_tensors
 from obc.model.shared_copy import shared_copy
 from obc.model.usable_batches import UsableBatches, all_finite
@@ -23,6 +23,7 @@ from obc.structures.masking import Lost, lost_channels, masked_copy, unmaskable
 from obc.structures.proof import ProofError, lost_inputs, prove
 from obc.structures.protocol import Structure
 from obc.structures.reaching import in_train_mode
+from obc.structures.units import without
 
 _MODEL = "the whole model"
 
@@ -95,7 +96,7 @@ class FinalProof:
     def note(self, removed: Mapping[str, Tensor]) -> None:
         """Record that these units, as indices into the present groups, are removed."""
         for name, units in removed.items():
-            self._alive[name] = narrowed(self._alive[name], len(self._alive[name]), units.cpu())
+            self._alive[name] = without(self._alive[name], units.cpu())
 
     def check(self, model: nn.Module, report: PruningReport) -> None:
         """Compare ``model`` with the masked unpruned one, both normalised by the statistics of the unpruned one.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from obc.model.evaluation import ForwardFn, Run, call
 from obc.model.functional_uses import calling_layers
 from obc.model.groups import ChannelGroup, Side
 from obc.model.kept import Kept, with_columns
-from obc.model.layouts import layout_of, split_by_group
+from obc.model.layouts import layout_of
 from obc.model.names import joined
 from obc.model.plan import PruningPlan
 from obc.model.quantized import refuse_quantised
@@ -39,6 +38,7 @@ from obc.structures.removal import refuse_untied, size_of, step_of
 from obc.structures.traced_blocks import offer_blocks
 from obc.structures.traced_graph import TracedGraph, trace
 from obc.structures.traced_groups import Found, GroupFinder, Settings
+from obc.structures.traced_plan import in_blocks
 from obc.structures.transformers.block import Block, count_down
 from obc.structures.units import checked_units, group_left, layer_name
 from obc.structures.varied import varied_inputs
@@ -287,7 +287,9 @@ class TorchPruningStructure:
             repeat = math.gcd(*repeats) or 1
             if kept.in_channels is not None:
                 kept = with_columns(kept, kept.in_channels, repeat)
-            self._kept[name] = self._in_blocks(name, kept.after(self._kept.get(name)))
+            kept = kept.after(self._kept.get(name))
+            blocks = self._finder.blocks.get(name)
+            self._kept[name] = kept if blocks is None else in_blocks(kept, *blocks)
         for name in chosen.keys() & self.blocks.keys():
             for module, attribute, value in count_down(self._modules, self.blocks[name], len(chosen[name])):
                 self._counts.setdefault(module, {})[attribute] = value
@@ -298,14 +300,6 @@ class TorchPruningStructure:
 
     def _size(self, name: str, side: Side) -> int:
         return size_of(self._modules[name], side) if name in self._modules else 0
-
-    def _in_blocks(self, name: str, kept: Kept) -> Kept:
-        """Split a compressor of queries, keys or values by head, as long as every head kept equally many channels."""
-        if name not in self._finder.blocks or kept.out_channels is None:
-            return kept
-        blocks, width = self._finder.blocks[name]
-        even = width % blocks == 0 and split_by_group(kept.out_channels, width, blocks) is not None
-        return replace(kept, out_blocks=blocks if even else 1)
 
     def _run(self, model: nn.Module, inputs: Any) -> Any:
         outputs = self._forward_fn(model, inputs)

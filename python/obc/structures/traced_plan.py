@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from obc.model.depth import Depth, outer_lists, with_lists
-from obc.model.kept import Kept, PlanError
+from obc.model.kept import Kept, PlanError, staying, with_columns
 from obc.model.layouts import layout_of, split_by_group
 from obc.model.linear_like import is_linear
 from obc.model.plan import PruningPlan, refuse_non_plans
@@ -102,8 +102,8 @@ class PlanRecorder:
 
     def _parameter(self, parameter: nn.Parameter, dim: int, removed: Tensor) -> None:
         name = self.graph._param_to_name[parameter]
-        before = self.kept.get(name, Kept(dim=dim))
-        self.kept[name] = before.narrowed_out(parameter.shape[dim], removed)
+        size = parameter.shape[dim]
+        self._note(name, Kept(staying(size, removed), dim=dim, out_size=size))
 
     def _module(self, module: nn.Module, handler: Callable[..., Any], removed: Tensor, roots: Any) -> None:
         name = self._names[module]
@@ -114,37 +114,46 @@ class PlanRecorder:
             )
         if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) > 1:
             raise PlanError(f"{name}: a LayerNorm over {tuple(module.normalized_shape)} can't be recorded; ignore it")
-        before = self.kept.get(name, Kept())
+        step = Kept()
         if self.graph.is_out_channel_pruning_fn(handler) and (size := self.graph.get_out_channels(module)) is not None:
-            before = before.narrowed_out(size, removed)
-        if self.graph.is_in_channel_pruning_fn(handler) and (size := self.graph.get_in_channels(module)) is not None:
-            before = self._narrow_columns(module, before, size, removed, roots)
-        self.kept[name] = before
+            step = Kept(staying(size, removed), out_size=size)
+        # Norms and embeddings have one set of channels, on the output side.
+        reads = layout_of(module) is not None or isinstance(module, nn.MultiheadAttention)
+        size = self.graph.get_in_channels(module) if reads and self.graph.is_in_channel_pruning_fn(handler) else None
+        if size is not None:
+            repeat = repeat_of(removed.tolist(), roots, size) if is_linear(module) else 1
+            step = with_columns(replace(step, in_size=size), staying(size, removed), repeat)
+        self._note(name, step)
 
-    def _narrow_columns(self, module: nn.Module, before: Kept, size: int, removed: Tensor, roots: Any) -> Kept:
-        if layout_of(module) is None and not isinstance(module, nn.MultiheadAttention):
-            return before  # norms and embeddings have one set of channels, on the output side
-        repeat = repeat_of(removed.tolist(), roots, size) if is_linear(module) else 1
-        if before.in_channels is not None:
-            repeat = math.gcd(repeat, before.in_repeat)
-        return before.narrowed_in(size, removed, repeat)
+    def _note(self, name: str, step: Kept) -> None:
+        self.kept[name] = step.after(self.kept.get(name))
 
     def _attention_blocks(self, group: Any) -> None:
         """Split a compressor of queries, keys or values by head, as long as every head kept equally many channels."""
         projections = {item[0].target.module for item in group if item[0].target.module in self._heads}
         for module in projections:
             name = self._names[module]
-            kept = self.kept.get(name)
-            if kept is None or kept.out_channels is None:
+            if (kept := self.kept.get(name)) is None:
                 continue
             fused = len(projections) == 1 and is_linear(module)
-            blocks = self._heads[module] * (3 if fused else 1)
-            original = self._widths[module]
             before = self._before.get(name, Kept()).out_channels
-            if before is not None and len(before) == original:
+            if before is not None and len(before) == self._widths[module]:
                 continue  # an earlier pruner's plan already says what became of the unpruned model's heads
-            even = original % blocks == 0 and split_by_group(kept.out_channels, original, blocks) is not None
-            self.kept[name] = replace(kept, out_blocks=blocks if even else 1)
+            self.kept[name] = in_blocks(kept, self._heads[module] * (3 if fused else 1), self._widths[module])
+
+
+def in_blocks(kept: Kept, blocks: int, width: int) -> Kept:
+    """``kept`` with a compressor that is split by head, as long as every head kept equally many channels.
+
+    Args:
+        kept: of a projection of queries, keys or values.
+        blocks: that heads, or their thirds, form in its outputs.
+        width: number of outputs before pruning.
+    """
+    if kept.out_channels is None:
+        return kept
+    even = width % blocks == 0 and split_by_group(kept.out_channels, width, blocks) is not None
+    return replace(kept, out_blocks=blocks if even else 1)
 
 
 def repeat_of(removed: Sequence[int], roots: Sequence[int | None] | None, size: int) -> int:
