@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from obc.files import os_errors
 from obc.model.evaluation import first_floating, stream_of
 from obc.model.functional_uses import calling_layers
-from obc.model.hooks import Reached, hooked
+from obc.model.hooks import Reached, hooked, replaced
 from obc.statistics.block_weights import WeightsOnDevice
 from obc.statistics.by_block import ByBlock
 from obc.statistics.errors import StatisticsError
@@ -33,21 +33,6 @@ Parts = Sequence[Sequence[Any]]  # for every batch its parts
 
 class _RefusedError(BaseException):
     """Carries the message of an error through the model's callers, which may turn errors into others."""
-
-
-class _StandIn(nn.Module):
-    """Stands in for a block: returns a given result, and otherwise has the block's attributes."""
-
-    def __init__(self, block: nn.Module, answer: Callable[..., Any]) -> None:
-        super().__init__()
-        self.__dict__["block"], self.__dict__["answer"] = block, answer
-        self.train(block.training)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.answer(args, kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["block"], name)
 
 
 def _run(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -236,17 +221,13 @@ class BlockRun:
                 stack.enter_context(self._replaced(place, answer))
             yield
 
-    @contextlib.contextmanager
-    def _replaced(self, place: int, answer: Callable[..., Any]) -> Iterator[None]:
-        parent, _, child = self.chain[place].rpartition(".")
-        holder = self.model.get_submodule(parent)._modules
-        block = holder[child]
-        assert block is not None
-        try:
-            holder[child] = _StandIn(block, answer)
-            yield
-        finally:
-            holder[child] = block
+    def _replaced(self, place: int, answer: Callable[..., Any]) -> contextlib.AbstractContextManager[None]:
+        """Inside, the block at this place returns ``answer(args, kwargs)``, and none of its hooks runs."""
+
+        def answered(*args: Any, **kwargs: Any) -> Any:
+            return answer(args, kwargs)
+
+        return replaced(self.model.get_submodule(self.chain[place]), forward=answered, _compiled_call_impl=answered)
 
     def _hand_windows(self, name: str, batch: int, index: int, states: HiddenStates) -> None:
         """Pass the input of the first block to windows of several blocks that end here."""
