@@ -77,6 +77,19 @@ class Flattened(nn.Module):
         return self.head(F.relu(self.conv(x)).mean((2, 3)).view(-1, self.hidden))
 
 
+class Recurrent(nn.Module):
+    """The first state is as wide as the model says."""
+
+    def __init__(self, hidden: int = 12) -> None:
+        super().__init__()
+        self.hidden, self.layers = hidden, 2
+        self.rnn, self.head = nn.GRU(5, hidden, self.layers, batch_first=True), nn.Linear(hidden, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = torch.zeros(self.layers, len(x), self.hidden, dtype=x.dtype)
+        return self.head(self.rnn(x, state)[0][:, -1])
+
+
 class Llama(nn.Module):
     """Attention as in Meta's Llama."""
 
@@ -247,6 +260,17 @@ def test_an_integer_of_the_model_itself(tmp_path: Path) -> None:
     second.remove({"conv": torch.tensor([0])})
     assert second.plan.after(plan).counts == {"": {"hidden": 3}}
     assert second.plan.after(plan).apply(copy.deepcopy(original)).hidden == 3
+
+
+def test_a_recurrent_layer_goes_with_the_width_of_its_first_state() -> None:
+    torch.manual_seed(0)
+    model, x = Recurrent().double(), torch.randn(2, 6, 5, dtype=DOUBLE)
+    structure = TorchPruningStructure(model, x)
+    structure.remove({"rnn": torch.tensor([1, 4, 11])})
+    assert (model.hidden, model.layers) == (9, 2)
+    narrow = Recurrent(hidden=9).double()  # the same class, made narrow
+    narrow.load_state_dict(model.state_dict())
+    assert torch.equal(narrow(x), model(x))
 
 
 def test_a_plan_that_sets_what_a_model_lacks_or_no_number_is_refused(tmp_path: Path) -> None:

@@ -20,15 +20,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from obc.model.evaluation import Run
 from obc.model.groups import ChannelGroup, Slice
-from obc.structures.extensible import Extensible
-from obc.structures.probed_groups import first_proved
-from obc.structures.proof import Proof
 from obc.structures.traced_groups import Found, GroupFinder
 from obc.structures.transformers.block import Block
 from obc.structures.units import Members, NotPrunableError
-from obc.structures.width_counters import with_widths
 
 
 class StreamWidths:
@@ -82,11 +77,7 @@ class StreamWidths:
         found: Members = {}
         for one in self._failed:
             written = [name for name, side in one.members if side == "out"]
-            if (
-                taken.isdisjoint(one.members)
-                and len(one.members.get((one.name, "out"), {})) == width
-                and any((name, "in") in stream for name in written)
-            ):
+            if taken.isdisjoint(one.members) and one.width == width and any((name, "in") in stream for name in written):
                 found |= one.members
         return found
 
@@ -97,27 +88,6 @@ class StreamWidths:
         except NotPrunableError:
             return None
         return group if group.size == len(units) else None
-
-
-def offer_equal_widths(
-    structure: Extensible, widths: StreamWidths, failed: Sequence[Found], run: Run, proof: Proof
-) -> None:
-    """Let the structure have the traced streams that are proved together with their attentions.
-
-    Args:
-        structure: receives groups, and what counts their units.
-        widths: proposes them.
-        failed: the traced groups that failed.
-        run: see :func:`obc.structures.proof.prove`.
-        proof: of the groups so far; the results for all groups together replace its own.
-    """
-    reasons = dict(structure.left_out)
-    streams = {one.name: (one.members, len(one.members.get((one.name, "out"), {}))) for one in failed}
-    proposals = {name: with_widths(structure, widths.proposals(name, *one), run) for name, one in streams.items()}
-    accepted = first_proved(structure, proposals, run, proof)
-    structure.left_out.update({name: reasons[name] for name in proposals if name not in accepted})
-    if accepted:
-        proof.left_out |= proof.again(structure, run)
 
 
 def _is_on(attention: Block, stream: Members, width: int) -> bool:

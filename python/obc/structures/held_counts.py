@@ -66,22 +66,34 @@ def _counts(value: Any) -> bool:
     )
 
 
-def counted(structure: Extensible, group: ChannelGroup, held: Held, run: Run) -> Iterator[Block]:
-    """The group with counts that follow its units, and with which the model runs without half of them.
+def with_counts(structure: Extensible, blocks: Iterator[Block], held: Held, run: Run) -> Iterator[Block]:
+    """Each block as it is, and then with the counts that follow its units."""
+    for block in blocks:
+        yield block
+        yield from counted(structure, block, held, run)
+
+
+def counted(structure: Extensible, block: Block, held: Held, run: Run) -> Iterator[Block]:
+    """The block with further counts that follow its units, and with which the model runs without half of them.
 
     Args:
-        structure: has the model; it does not have the group.
-        group: a group without which, so far, the model does not run.
+        structure: has the model; it does not have the block's group.
+        block: a block without whose units, so far, the model does not run.
         held: see :func:`counts_read`.
         run: see :func:`obc.structures.proof.prove`.
     """
-    widths, numbers = _following(dict(named_modules(structure.model)), group, held)
+    group, known = block.group, {(one.module, one.attribute) for one in block.counters}
+    unknown = {
+        name: {key: value for key, value in counts.items() if (name, key) not in known} for name, counts in held.items()
+    }
+    widths, numbers = _following(dict(named_modules(structure.model)), group, unknown)
     found, runs = [*numbers, *widths][:_MOST_COUNTS], 0
     for chosen in itertools.chain(*(itertools.combinations(found, n) for n in range(1, len(found) + 1))):
         heads = any(one in numbers for one in chosen) and group.slices[0].channels.shape[1] > 1
-        block = Block(replace(group, kind="heads") if heads else group, counters=tuple(itertools.chain(*chosen)))
-        if _runs(structure, block, run):
-            yield block
+        counters = (*block.counters, *itertools.chain(*chosen))
+        tried = replace(block, group=replace(group, kind="heads") if heads else group, counters=counters)
+        if _runs(structure, tried, run):
+            yield tried
             runs += 1
         if runs == _MOST_CHOICES:
             return

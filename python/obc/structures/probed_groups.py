@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from obc.model.evaluation import Run
 from obc.model.groups import ChannelGroup
 from obc.structures.extensible import Extensible
-from obc.structures.held_counts import Held, counted, counts_read
+from obc.structures.held_counts import Held, with_counts
 from obc.structures.influence_groups import Coupled, coupled_channels
 from obc.structures.proof import Proof, prove
 from obc.structures.traced_groups import Found, GroupFinder
@@ -37,19 +37,20 @@ More = Callable[[str, Members, int, Sequence[Block]], Iterator[Block]]
 
 
 def recover(
-    structure: Extensible, finder: GroupFinder, wrong: Sequence[Found], run: Run, proof: Proof, more: More
+    structure: Extensible, finder: GroupFinder, wrong: Sequence[Found], held: Held, run: Run, proof: Proof, more: More
 ) -> None:
     """Find the true order of groups that can't be pruned in the traced order; add the groups that are then proved.
 
     Args:
         structure: the structure that receives groups.
+        held: the counts that modules hold.
         run: see :func:`obc.structures.proof.prove`.
         proof: proof of the other groups; the costs and results of these are added.
         more: proposes groups with further channels, which are tried first.
     """
     reasons, accepted = dict(structure.left_out), list[str]()
     if inner := [found for found in wrong if found.inner]:
-        accepted, why, certain = _by_influence(structure, finder, wrong, run, proof, more)
+        accepted, why, certain = _by_influence(structure, finder, wrong, held, run, proof, more)
         untried = {found.name for found in inner if found.reason}
         reasons |= {name: reason for name, reason in why.items() if name in untried | certain}
         depthwise = untried - why.keys() if why else set()
@@ -69,7 +70,7 @@ def recover(
 
 
 def _by_influence(
-    structure: Extensible, finder: GroupFinder, wrong: Sequence[Found], run: Run, proof: Proof, more: More
+    structure: Extensible, finder: GroupFinder, wrong: Sequence[Found], held: Held, run: Run, proof: Proof, more: More
 ) -> tuple[list[str], dict[str, str], set[str]]:
     """(names of the groups found, layer -> why it is in none, those that something but a layer reads)."""
     taken = {part.module for group in structure.groups for part in group.slices}
@@ -105,12 +106,11 @@ def _by_influence(
             "running the model finds no smaller set of channels that go together than all of them"
         )
         finder.dims.update(one.dims)
-    held = counts_read(structure.model, run) if coupled else {}
     attentions = [
         Block(group) for name, one in coupled.items() for group in itertools.islice(_groups(finder, name, one), 1)
     ]
     proposals: dict[str, Iterator[Block]] = {
-        name: _with_counts(
+        name: with_counts(
             structure,
             itertools.chain(
                 () if bool(one.kinds.any()) else more(name, one.members, one.size, attentions),
@@ -130,6 +130,22 @@ def _by_influence(
 
 class _RunError(Exception):
     """The model's own code raised, which may not run on invented numbers."""
+
+
+def offer_proved(structure: Extensible, proposals: Mapping[str, Iterator[Block]], run: Run, proof: Proof) -> None:
+    """Let the structure have the first proposal that passes of each group that failed in tracing.
+
+    Args:
+        structure: receives groups, and what counts their units; the others stay left out for the former reason.
+        proposals: name of a group -> what it may be.
+        run: see :func:`obc.structures.proof.prove`.
+        proof: of the groups so far; the results for all groups together replace its own.
+    """
+    reasons = dict(structure.left_out)
+    accepted = first_proved(structure, proposals, run, proof)
+    structure.left_out.update({name: reasons[name] for name in proposals if name not in accepted})
+    if accepted:
+        proof.left_out |= proof.again(structure, run)
 
 
 def first_proved(structure: Extensible, proposals: Mapping[str, Iterator[Block]], run: Run, proof: Proof) -> list[str]:
@@ -164,14 +180,6 @@ def first_proved(structure: Extensible, proposals: Mapping[str, Iterator[Block]]
             elif name not in proved.left_out:
                 structure.leave_out(name, proved.unproved.get(name, "its removal could not be tried"))
     return accepted
-
-
-def _with_counts(structure: Extensible, blocks: Iterator[Block], held: Held, run: Run) -> Iterator[Block]:
-    """Each block as it is, and then with the counts that follow its units, if none is known to."""
-    for block in blocks:
-        yield block
-        if not block.counters:
-            yield from counted(structure, block.group, held, run)
 
 
 # --- units ----------------------------------------------------------------------------------------------------

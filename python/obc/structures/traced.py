@@ -25,11 +25,12 @@ from obc.model.plan import PruningPlan
 from obc.model.quantized import refuse_quantised
 from obc.model.refusals import refuse_unprunable
 from obc.model.shared_copy import shared_copy, shared_parameters
-from obc.structures.equal_widths import StreamWidths, offer_equal_widths
+from obc.structures.equal_widths import StreamWidths
+from obc.structures.held_counts import counted, counts_read, with_counts
 from obc.structures.masking import lost_channels
 from obc.structures.measure import TracedCosts, Usage, layers_run, measure
 from obc.structures.memory import MemoryUse
-from obc.structures.probed_groups import recover
+from obc.structures.probed_groups import offer_proved, recover
 from obc.structures.products import find_products
 from obc.structures.proof import Proof, prove
 from obc.structures.protocol import Limits, Unit
@@ -42,7 +43,6 @@ from obc.structures.traced_plan import in_blocks
 from obc.structures.transformers.block import Block, count_down
 from obc.structures.units import checked_units, group_left, layer_name
 from obc.structures.varied import varied_inputs
-from obc.structures.width_counters import offer_counted
 
 Layers = Sequence[nn.Module | str]
 _FOUND_BY_RUNNING = "Groups were found by running the model instead; what that does not find keeps its width"
@@ -186,13 +186,16 @@ class TorchPruningStructure:
         proof = prove(self, run)
         others = offer_blocks(self, run, proof, self._finder.kept, self._graph.dims)
         failed = [one for one in found if one.group is not None and one.name in self.left_out]
-        offer_counted(self, failed, run, proof)
+        held = counts_read(self.model, run) if self.left_out else {}
+        blocks = {one.name: Block(one.group) for one in failed if one.group is not None}
+        offer_proved(self, {name: counted(self, block, held, run) for name, block in blocks.items()}, run, proof)
         failed = [one for one in failed if one.name in self.left_out]
         widths = StreamWidths(self._finder, others, failed)
-        offer_equal_widths(self, widths, failed, run, proof)
+        streams = {one.name: widths.proposals(one.name, one.members, one.width) for one in failed}
+        offer_proved(self, {name: with_counts(self, it, held, run) for name, it in streams.items()}, run, proof)
         produced = {part.module for group in self.groups for part in group.slices if part.side == "out"}
         wrong = [one for one in found if one.name in self.left_out and one.name not in produced]
-        recover(self, self._finder, wrong, run, proof, widths.proposals)
+        recover(self, self._finder, wrong, held, run, proof, widths.proposals)
         return proof
 
     def _unnamed(self, members: Collection[str]) -> dict[str, str]:

@@ -38,6 +38,11 @@ class Found:
     reason: str = ""
     inner: bool = True
 
+    @property
+    def width(self) -> int:
+        """The number of channels of its first producer; 0 if they are not known."""
+        return len(self.members.get((self.name, "out"), {}))
+
 
 @dataclass(frozen=True)
 class Settings:
