@@ -126,6 +126,23 @@ def test_merged_weights_of_a_model_in_eval_mode_stay_as_they_are() -> None:
     torch.testing.assert_close(model(x), explicit(model, x))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("by_plan", [True, False])
+def test_what_was_computed_before_channels_went_is_forgotten(kind: type[nn.Module], by_plan: bool) -> None:
+    model, x = made(kind)
+    with torch.no_grad():
+        model.eval()(x)
+    original = copy.deepcopy(model)
+    structure = TorchPruningStructure(model, x)
+    structure.remove({"0": torch.tensor([1, 4])})
+    wanted = original[0](x) * (original[1].table * 2 if kind is not Merged else original[1].table)  # it has merged
+    wanted[:, [1, 4]] = 0
+    wanted = original[3](wanted.relu())
+    pruned = structure.plan.apply(original) if by_plan else model
+    torch.testing.assert_close(pruned(x), wanted)
+    assert not pruned.training
+
+
 @pytest.mark.parametrize("kind", KINDS[:3])
 @pytest.mark.parametrize("mode", [True, False])
 def test_obc_prunes_such_a_model(kind: type[nn.Module], mode: bool) -> None:

@@ -10,16 +10,20 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
+from obc.model.evaluation import kept_by, tensors_in
 from obc.model.kept import Kept, PlanError, kept_of
 from obc.model.layouts import is_depthwise, layout_of
 from obc.model.linear_like import is_linear, sizes_of
 from obc.model.names import joined, named_modules, saved_buffers
 from obc.model.recurrent import is_recurrent, sync_recurrent
+from obc.model.shared_copy import shared_copy
 from obc.model.slicing import same_values, sliced
 
 
 def cut(model: nn.Module, plan: Mapping[str, Kept]) -> None:
     """Cut ``model`` in place; shared parameters stay shared, and are cut if one of their modules has an entry.
+
+    What modules keep of former calls in eval mode is forgotten.
 
     Raises:
         PlanError: the plan does not fit a tensor, or keeps different parts of a shared one; nothing was changed.
@@ -50,6 +54,8 @@ def cut(model: nn.Module, plan: Mapping[str, Kept]) -> None:
     for module_name, module in named_modules(model):
         if module_name in plan and module._parameters.get("weight") is None:
             _resize(module, plan[module_name])
+    for module in model.modules():
+        _forget_kept(module)
 
 
 def _cut_tensor(module: nn.Module, name: str, tensor: Tensor, kept: Kept | None, key: str) -> Tensor:
@@ -114,6 +120,19 @@ def _sync_shapes(module: nn.Module, before: torch.Size, after: torch.Size) -> No
         if key[0] != "_" and ints and value and [size for size in value if size != 1] == [old for old, _ in pairs]:
             left = iter(new for _, new in pairs)
             setattr(module, key, type(value)(1 if size == 1 else next(left) for size in value))
+
+
+def _forget_kept(module: nn.Module) -> None:
+    """Drop the tensors that a module keeps of its calls in eval mode, such as tables of biases, if ``train()`` does."""
+    kept = {key: value for key, value in kept_by(module).items() if tensors_in(value)}
+    if kept:
+        tried = shared_copy(module)
+        for parameter in tried.parameters():
+            parameter.data = parameter.data.clone()  # train() may merge weights
+        tried.train()
+        vars(module).update(
+            {key: value for key, value in kept_by(tried).items() if key in kept and not tensors_in(value)}
+        )
 
 
 def _resize(module: nn.Module, kept: Kept) -> None:

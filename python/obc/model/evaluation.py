@@ -208,7 +208,7 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
     it is called after the block on models that were in train mode; of others, what such modules keep is restored.
     """
     trained = [model for model in models if model.training]
-    kept = [(module, _kept_by(module)) for model in models if not model.training for module in model.modules()]
+    kept = [(module, kept_by(module)) for model in models if not model.training for module in model.modules()]
     training = {module: module.training for model in models for module in model.modules()}
     layers = [module for module in training if checkpoints_activations(module)]
     functions: dict[Any, Any] = {layer: layer._gradient_checkpointing_func for layer in layers}
@@ -235,7 +235,7 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
             module.training = flag
 
 
-def _kept_by(module: nn.Module) -> dict[str, Any]:
+def kept_by(module: nn.Module) -> dict[str, Any]:
     """What a module with a ``train`` of its own may keep of its calls: tensors, lists and dicts in plain attributes."""
     if type(module).train is nn.Module.train:
         return {}
