@@ -263,7 +263,7 @@ def test_removing_a_unit_silences_what_its_consumers_read(name: str) -> None:
     for name in [group.name for group in structure_of(net, net.model()).groups]:
         model = net.model()
         silenced = copy.deepcopy(model)
-        structure = structure_of(net, model, check=False)
+        structure = structure_of(net, model)
         group = next(group for group in structure.groups if group.name == name)
         units = torch.tensor([0, group.size - 1]).unique()[: group.size - 1]
         for part in group.consumers:
