@@ -236,9 +236,9 @@ class PruningPlan(Mapping[str, Kept]):
 
         Sizes of torch's own layers are updated, the counts of heads and experts in models of the transformers library,
         the counts of heads in other attentions that obc recognises, and the integers in your own modules that the plan
-        has in ``counts``. Set others yourself, such as counts in a config object. Layers that share
-        a parameter must keep the same of it. Which layers read each other a plan does not say, and the model is not
-        run: run one that was edited by hand on a batch afterwards.
+        has in ``counts``. Set others yourself, such as counts in a config object. Layers that share a parameter must
+        keep the same of it. Which layers read each other a plan does not say, and the model is not run: run one that
+        was edited by hand on a batch afterwards.
 
         Returns:
             The model.

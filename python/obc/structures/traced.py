@@ -62,10 +62,10 @@ class TorchPruningStructure:
 
     A unit is one channel with everything coupled to it; one channel of every group of a grouped convolution or
     GroupNorm; or one head: of an attention whose layers have the names of a known family
-    (:mod:`obc.structures.traced_blocks`), or according to ``num_heads``. Counts of
-    units that the model's own modules hold change with them (:mod:`obc.structures.held_counts`); without ``check``,
-    those of heads according to ``num_heads`` do not: you must adapt them. Where attentions take the width of what they read for that of
-    their heads, a unit is a channel of every head, or a head, with as many channels of the stream
+    (:mod:`obc.structures.traced_blocks`), or according to ``num_heads``. Counts of units that the model's own modules
+    hold change with them (:mod:`obc.structures.held_counts`); without ``check``, those of heads according to
+    ``num_heads`` do not: you must adapt them. Where attentions take the width of what they read for that of their
+    heads, a unit is a channel of every head, or a head, with as many channels of the stream
     (:mod:`obc.structures.equal_widths`).
 
     Args:
