@@ -87,16 +87,19 @@ def counted(structure: Extensible, block: Block, held: Held, run: Run) -> Iterat
         name: {key: value for key, value in counts.items() if (name, key) not in known} for name, counts in held.items()
     }
     widths, numbers = _following(dict(named_modules(structure.model)), group, unknown)
-    found, runs = [*numbers, *widths][:_MOST_COUNTS], 0
-    for chosen in itertools.chain(*(itertools.combinations(found, n) for n in range(1, len(found) + 1))):
+    found, enough = [*numbers, *widths][:_MOST_COUNTS], list[set[int]]()
+    without = _outputs(structure, block, run) if found else None
+    for places in itertools.chain(*(itertools.combinations(range(len(found)), n) for n in range(1, len(found) + 1))):
+        if len(enough) == _MOST_CHOICES or any(fewer.issubset(places) for fewer in enough):
+            continue
+        chosen = [found[place] for place in places]
         heads = any(one in numbers for one in chosen) and group.slices[0].channels.shape[1] > 1
         counters = (*block.counters, *itertools.chain(*chosen))
         tried = replace(block, group=replace(group, kind="heads") if heads else group, counters=counters)
-        if _runs(structure, tried, run):
+        outputs = _outputs(structure, tried, run)
+        if outputs is not None and (without is None or not all(map(torch.equal, outputs, without))):
+            enough.append(set(places))
             yield tried
-            runs += 1
-        if runs == _MOST_CHOICES:
-            return
 
 
 def _following(
@@ -140,15 +143,14 @@ def _split(counter: Counter, widths: Sequence[int], channels: Tensor) -> list[Co
     return [replace(counter, per_unit=n, place=place) for place, n in enumerate(taken[0].tolist()) if n]
 
 
-def _runs(structure: Extensible, block: Block, run: Run) -> bool:
-    """Whether the model runs without half of the block's units, and with counts without them."""
+def _outputs(structure: Extensible, block: Block, run: Run) -> list[Tensor] | None:
+    """What the model returns without half of the block's units, and with counts without them; None if it fails."""
     trial: Any = structure.twin(shared_copy(structure.model))
     name, gone = block.group.name, max(1, block.group.size // 2)
     trial.blocks[name] = block
     trial.offer(block.group)
     try:
         trial.remove({name: torch.arange(gone, device="cpu")})
-        run_alike(trial.model, run)
+        return run_alike(trial.model, run)
     except Exception:  # the model's own code
-        return False
-    return True
+        return None
