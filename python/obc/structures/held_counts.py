@@ -74,11 +74,13 @@ def with_counts(structure: Extensible, blocks: Iterator[Block], held: Held, run:
 
 
 def counted(structure: Extensible, block: Block, held: Held, run: Run) -> Iterator[Block]:
-    """The block with further counts that follow its units, and with which the model runs without half of them.
+    """The block with further counts that follow its units.
+
+    Without half of the units the model runs with these counts, and does not return what it returns without them.
 
     Args:
         structure: has the model; it does not have the block's group.
-        block: a block without whose units, so far, the model does not run.
+        block: a block that failed its proof, or was not tried yet.
         held: see :func:`counts_read`.
         run: see :func:`obc.structures.proof.prove`.
     """

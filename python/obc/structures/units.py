@@ -38,11 +38,8 @@ def checked_units(
     for name, indices in units.items():
         if name not in sizes:
             raise KeyError(f"no group is named {name!r}: there are {listed([*map(repr, sizes)])}")
-        gone, size, stays = (
-            torch.as_tensor(indices, dtype=torch.int64, device="cpu").unique(),
-            sizes[name],
-            least.get(name, 1),
-        )
+        gone = torch.as_tensor(indices, dtype=torch.int64, device="cpu").unique()
+        size, stays = sizes[name], least.get(name, 1)
         if not len(gone):
             continue
         if not 0 <= int(gone[0]) <= int(gone[-1]) < size:
