@@ -49,6 +49,7 @@ def forward(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Any:
     return model(batch[0])
 
 
+@pytest.mark.sampled(members=10)
 @pytest.mark.parametrize("criterion", sorted(set(criteria.available()) - OTHERS))
 def test_a_group_is_scored_as_in_obc_prune(criterion: str) -> None:
     recipe = RECIPES["chain" if criterion != "bn_scale" else "flatten"]
@@ -139,6 +140,7 @@ KINDS: dict[str, tuple[Callable[[], Case], list[tuple[list[str], list[str]]]]] =
 }
 
 
+@pytest.mark.sampled(members=1)
 @pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind == "vit")) for kind in KINDS])
 def test_transformers_are_scored_as_by_obc(kind: str) -> None:
     """Every criterion, on groups written down by hand; what it does not score is refused with the reason."""

@@ -36,6 +36,7 @@ def models() -> tuple[Any, Any, obc.PruningPlan]:
 DATA = [{"input_ids": torch.randint(0, 23, (12,), generator=torch.Generator().manual_seed(seed))} for seed in range(16)]
 
 
+@pytest.mark.sampled(members=2)
 @pytest.mark.parametrize("folded", [False, True])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_the_trainer_brings_the_pruned_model_closer(folded: bool, accumulate: int, tmp_path: Path) -> None:

@@ -267,6 +267,7 @@ def test_statistics_are_those_of_calls(kind: str) -> None:
     assert found[0].coverage == found[1].coverage
 
 
+@pytest.mark.sampled(members=12)
 @pytest.mark.parametrize("mode", ["correct", "ls", "seq"])
 @pytest.mark.parametrize("kind", list(PAIRS))
 def test_compensation_is_that_of_calls(kind: str, mode: Any) -> None:
@@ -307,6 +308,7 @@ def test_a_fold_is_trained_merged_and_counted_as_in_calls(kind: str) -> None:
     torch.testing.assert_close(merged, reference)
 
 
+@pytest.mark.sampled(members=5)
 @pytest.mark.parametrize("kind", list(PAIRS))
 def test_pruning_is_that_of_calls(kind: str) -> None:
     model, other, x, batches = pair(kind)

@@ -110,6 +110,7 @@ def test_a_copy_runs_its_own_layers(replace: Callable[[Any], None]) -> None:
     assert torch.equal(model(x), before)
 
 
+@pytest.mark.sampled(members=4)
 @pytest.mark.parametrize("replace", KINDS)
 def test_such_a_model_is_proved_and_pruned_like_any_other(replace: Callable[[Any], None]) -> None:
     pytest.importorskip("torch_pruning", reason="Torch-Pruning is missing: pip install torch-pruning")
@@ -186,6 +187,7 @@ HOLDERS: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
+@pytest.mark.sampled(members=4)
 @pytest.mark.parametrize("name", HOLDERS)
 @pytest.mark.parametrize("compensate", ["ls", None])
 def test_a_model_that_keeps_activations_with_their_graph_is_copied_and_pruned(name: str, compensate: Any) -> None:

@@ -60,6 +60,7 @@ def digest(scores: obc.Scores) -> str:
 # --- runs ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(members=27)
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_runs_have_the_same_bits(family: str, rows: str) -> None:

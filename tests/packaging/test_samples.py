@@ -1,4 +1,4 @@
-"""Of a test marked ``sampled``, every value of each parameter stays in ``make test``, or every pair of values."""
+"""Which members of a test marked ``sampled`` stay in ``make test``."""
 
 from __future__ import annotations
 
@@ -48,6 +48,12 @@ def test_every_pair_of_values_stays() -> None:
         assert {(values[first], values[second]) for values in stay} == set(
             product(range(SIZES[first]), range(SIZES[second]))
         )
+
+
+@pytest.mark.parametrize(("number", "places"), [(1, [0]), (2, [0, 23]), (4, [0, 8, 15, 23]), (40, [*range(24)])])
+def test_as_many_as_named_stay_evenly_among_all(number: int, places: list[int]) -> None:
+    every = members("test_one", pytest.mark.sampled(members=number))
+    assert kept(every) == [every[place].callspec.params for place in places]
 
 
 def test_other_tests_stay_whole_and_samples_are_drawn_of_each_test() -> None:

@@ -78,6 +78,7 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.sampled(members=5)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_autocast_around_the_call_gives_the_same_as_autocast_inside_the_loss(options: dict[str, Any]) -> None:
     inner, outer = pruned(True, **options), pruned(False, **options)
@@ -184,6 +185,7 @@ def test_code_that_calls_the_model_itself_finds_the_callers_autocast() -> None:
         assert (a @ a).dtype == torch.bfloat16
 
 
+@pytest.mark.sampled(members=3)
 @pytest.mark.parametrize(
     "options",
     [

@@ -71,6 +71,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.sampled(members=4)
 @pytest.mark.parametrize("way", WAYS)
 def test_prune_meets_the_target_and_its_plan_verifies(way: str) -> None:
     model = network()
@@ -195,6 +196,7 @@ def by_torch_pruning(
 SIDE = 16  # pixels of the full-sized networks' images, half of CIFAR's; only widths are compared
 
 
+@pytest.mark.sampled(members=2)
 @pytest.mark.parametrize(
     ("build", "shape", "rows"),
     [

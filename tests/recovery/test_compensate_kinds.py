@@ -157,6 +157,7 @@ def test_too_few_positions_without_a_ridge_are_an_error(mode: str) -> None:
         run(mode, [x[:1, :1] for x in data(3)], ridge=0.0)
 
 
+@pytest.mark.sampled(members=3)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
     ("failure", "raised"),

@@ -231,6 +231,7 @@ def test_layers_of_transformers_have_their_points_and_chains(name: str) -> None:
         assert replays(model, chain, run) is None
 
 
+@pytest.mark.sampled(members=2)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gptj", "bert"])
 def test_pruned_transformers_come_closer_than_by_least_squares(name: str) -> None:
     model, _ = tiny(name)

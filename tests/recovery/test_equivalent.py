@@ -50,7 +50,7 @@ def test_forward_and_gradients_are_the_explicit_networks(name: str, training: bo
 SHORT = ("grouped", "resnet", "swiglu")
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(members=2)
 @both_factors
 @pytest.mark.parametrize(
     "name", [*SHORT, *(pytest.param(name, marks=pytest.mark.slow) for name in RECIPES if name not in SHORT)]

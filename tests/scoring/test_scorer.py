@@ -243,6 +243,7 @@ def test_a_context_can_be_entered_again() -> None:
 # --- the model afterwards ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(members=27)
 @pytest.mark.parametrize("rows", ["batch", "sample"])
 @pytest.mark.parametrize("family", sorted({*OWN, *NASTY}))
 def test_score_leaves_the_model_as_it_was(family: str, rows: str) -> None:

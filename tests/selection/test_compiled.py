@@ -149,6 +149,7 @@ def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(fronts, "ROWS_AT_ONCE", 37)
 
 
+@pytest.mark.sampled(members=4)
 @pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("rounds", ROUNDS.values(), ids=ROUNDS)
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -178,7 +179,7 @@ def test_rounds_choose_the_same(
     assert first == second
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(members=2)
 @pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("dead", [0, 300], ids=["", "dead units"])
 @pytest.mark.parametrize("kind", ["random", "lengths", "equal", "opposite"])

@@ -175,6 +175,7 @@ def test_together_equals_each_alone(name: str) -> None:
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in case.model.modules())
 
 
+@pytest.mark.sampled(members=2)
 @pytest.mark.parametrize("rows", ["batch", "sample"])
 @pytest.mark.parametrize("name", ["cnn", "llama"])
 def test_micro_batches_add_up_to_the_batch(name: str, rows: Any) -> None:

@@ -80,6 +80,7 @@ def test_any_set_equals_each_alone(names: list[str], rows: str, micro_batch: int
                 assert a is None or torch.allclose(a, b, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.sampled(members=3)
 @pytest.mark.parametrize("name", ["blocks", "experts", "gradient_moments", "gram", "moments"])
 def test_bf16_models_are_summed_in_wider_numbers(name: str) -> None:
     """The sums of many equal batches are as many times those of one, to far less than a rounding of bfloat16."""

@@ -61,6 +61,7 @@ def adapted(kind: str) -> Any:
     return model
 
 
+@pytest.mark.sampled(members=3)
 @pytest.mark.parametrize("kind", MERGED)
 def test_adapters_are_refused_until_they_are_merged(kind: str) -> None:
     model = adapted(kind)

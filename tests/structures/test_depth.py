@@ -108,6 +108,7 @@ def _of_kind(structure: TransformersStructure, kind: str) -> list[str]:
     return [group.name for group in structure.groups if group.kind == kind]
 
 
+@pytest.mark.sampled(members=4)
 @pytest.mark.parametrize("name", MODELS)
 def test_every_block_and_branch_is_proved(name: str) -> None:
     model = MODELS[name]()
@@ -143,6 +144,7 @@ def test_removed_blocks_equal_masked_ones_and_load_by_from_pretrained(name: str,
     torch.testing.assert_close(_logits(loaded, batch), stood_in, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.sampled(members=4)
 @pytest.mark.parametrize("name", MODELS)
 def test_removed_branches_and_blocks_go_through_files(name: str, tmp_path: Path) -> None:
     model = MODELS[name]()
@@ -169,6 +171,7 @@ def test_removed_branches_and_blocks_go_through_files(name: str, tmp_path: Path)
     }
 
 
+@pytest.mark.sampled(members=6)
 @pytest.mark.parametrize("kind", ["layers", "sublayers"])
 @pytest.mark.parametrize("name", CAUSAL)
 def test_generation_with_cache_equals_without(name: str, kind: str) -> None:
@@ -256,6 +259,7 @@ def _loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return loss
 
 
+@pytest.mark.sampled(members=2)
 @pytest.mark.parametrize(
     ("kinds", "options"),
     [

@@ -212,6 +212,7 @@ def removed(structure: TorchPruningStructure) -> tuple[Tensor, Tensor]:
     return units, own.channels[units].flatten()
 
 
+@pytest.mark.sampled(members=2)
 @pytest.mark.parametrize("kinds", BY_CHANNEL)
 def test_a_channel_of_every_head_goes_with_the_streams(kinds: tuple[type[Attention], ...]) -> None:
     model, x = made(kinds)
@@ -224,6 +225,7 @@ def test_a_channel_of_every_head_goes_with_the_streams(kinds: tuple[type[Attenti
     assert [attention.num_heads for attention in model.attentions] == [kind.heads for kind in kinds]
 
 
+@pytest.mark.sampled(members=2)
 @pytest.mark.parametrize(
     ("kinds", "whole"),
     [*((kinds, Model) for kinds in BY_HEAD), ((Functional,), Merging)],
@@ -239,6 +241,7 @@ def test_whole_heads_go_with_the_streams_channels(kinds: tuple[type[Attention], 
     assert [attention.num_heads for attention in model.attentions] == [kind.heads // 2 for kind in kinds]
 
 
+@pytest.mark.sampled(members=1)
 @pytest.mark.parametrize("kinds", [(Cosine,), (Gated, Attention), (Shortened,)])
 def test_such_streams_are_pruned_by_a_plan(kinds: tuple[type[Attention], ...]) -> None:
     model, x = made(kinds)

@@ -165,6 +165,7 @@ def test_heads_go_with_everything_that_has_an_entry_for_each(kind: type[Attentio
         assert model.attn.four.shape == (HEADS,)
 
 
+@pytest.mark.sampled(members=2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_plan_with_such_heads_is_applied(kind: type[Attention]) -> None:
     model, x = made(kind)

@@ -68,6 +68,7 @@ def pixels() -> torch.Tensor:
     return torch.randn(2, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.sampled(members=1)
 @pytest.mark.parametrize("name", MODELS)
 def test_inverted_residuals_are_pruned_exactly(name: str, tmp_path: Any) -> None:
     """Truth: the unpruned model with the channels at zero where the narrowing convolution, and a gate, read them."""
@@ -91,6 +92,7 @@ def test_inverted_residuals_are_pruned_exactly(name: str, tmp_path: Any) -> None
     torch.testing.assert_close(loaded(pixel_values=x).logits, model(pixel_values=x).logits, rtol=0, atol=0)
 
 
+@pytest.mark.sampled(members=2)
 @pytest.mark.parametrize("name", MODELS)
 def test_macs_of_every_stage_are_those_that_run(name: str) -> None:
     model, x = made(name), pixels()

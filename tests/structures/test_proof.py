@@ -81,6 +81,7 @@ JOINED = {
 }
 
 
+@pytest.mark.sampled(members=7)
 @pytest.mark.parametrize("name", [*RIGHT, *OTHER])
 def test_channels_in_any_order_are_pruned_exactly(name: str) -> None:
     """The true order is found by running the model if tracing sees another."""
@@ -277,7 +278,7 @@ NORMS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(members=6)
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("name", [*FAINT, *ALONE])
 def test_operations_over_channels_show_on_large_ones(name: str, norm: str) -> None:
@@ -319,6 +320,7 @@ class Branch(nn.Module):
 HIDDEN = ("nothing", "zero gamma", "zero weight", "tiny scale", "equal weights", "zero weights everywhere")
 
 
+@pytest.mark.sampled(members=5)
 @pytest.mark.parametrize("hide", HIDDEN)
 @pytest.mark.parametrize("example", ["images", "zeros"])
 def test_a_fault_is_seen_where_the_output_hides_it(hide: str, example: str) -> None:
@@ -519,6 +521,7 @@ def test_two_tries_tell_all_units_of_small_groups_apart() -> None:
 # --- masking is not slicing: exact counterparts ---------------------------------------------------------------------
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("kinds", [("ffn", "heads", "experts", "expert_ffn", "mamba"), ("embedding",)], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_groups_of_transformers_are_proved(family: str, kinds: tuple[str, ...]) -> None:

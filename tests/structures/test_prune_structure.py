@@ -220,6 +220,7 @@ def counted_macs(model: nn.Module, x: Tensor) -> int:
     return total + products.total
 
 
+@pytest.mark.sampled(members=8)
 @pytest.mark.parametrize("name", NETS)
 def test_removing_units_matches_slicing_and_counting(name: str) -> None:
     net = NETS[name]
@@ -255,6 +256,7 @@ def test_a_plan_cuts_the_unpruned_model_to_the_same(name: str) -> None:
         assert all(getattr(module, key, None) == getattr(other, key, None) for key in sizes)
 
 
+@pytest.mark.sampled(members=4)
 @pytest.mark.parametrize("name", [name for name, net in NETS.items() if net.silencing])
 def test_removing_a_unit_silences_what_its_consumers_read(name: str) -> None:
     """Without norms over channels between, a unit that is gone is one whose consumers multiply it by zero."""

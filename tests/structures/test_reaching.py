@@ -137,6 +137,7 @@ def outputs(model: nn.Module, x: Tensor) -> list[Tensor]:
     return list(found.values()) if isinstance(found, dict) else list(found) if isinstance(found, tuple) else [found]
 
 
+@pytest.mark.sampled(members=6)
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("options", [{"steps": 1}, {"steps": 2, "compensate": None}], ids=["one step", "two steps"])
 def test_every_layer_fits_afterwards_in_train_mode_and_on_every_batch(kind: type[Trunk], options: Any) -> None:

@@ -181,6 +181,7 @@ WIRED: dict[str, tuple[Callable[[], Net], dict[str, int]]] = {
 }
 
 
+@pytest.mark.sampled(members=3)
 @pytest.mark.parametrize("name", WIRED)
 def test_channels_around_recurrent_layers(name: str) -> None:
     build, sizes = WIRED[name]

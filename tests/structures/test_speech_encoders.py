@@ -40,6 +40,7 @@ def _encoder(name: str) -> tuple[type[Any], Any, int]:
     return chosen, config, features or config.encoder_config.num_mel_bins
 
 
+@pytest.mark.sampled(members=2)
 @pytest.mark.parametrize("name", FOUND)
 def test_every_block_of_a_conformer_is_removed_exactly(name: str) -> None:
     chosen, config, features = _encoder(name)

@@ -169,6 +169,7 @@ def of_remaining(norm: nn.LayerNorm, stays: Tensor) -> Callable[[Tensor], Tensor
     return forward
 
 
+@pytest.mark.sampled(members=5)
 @pytest.mark.parametrize("form", FORMS)
 def test_heads_are_found_and_their_removal_is_exact(form: str) -> None:
     model, x = case(form)
@@ -182,6 +183,7 @@ def test_heads_are_found_and_their_removal_is_exact(form: str) -> None:
     assert [attention.heads for attention in model.attentions] == [2, 2]  # type: ignore[union-attr]
 
 
+@pytest.mark.sampled(members=5)
 @pytest.mark.parametrize("form", FORMS)
 def test_a_plan_with_heads_is_applied_with_their_counts(form: str) -> None:
     model, x = case(form)

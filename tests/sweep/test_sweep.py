@@ -62,6 +62,7 @@ def rows() -> dict[tuple[str, str], tuple[Counter[str], str]]:
     return found
 
 
+@pytest.mark.sampled(members=7)
 @pytest.mark.parametrize(
     ("task", "model_type"),
     [
