@@ -22,7 +22,7 @@ def _check_not_expanded(name: str, tensor: Tensor) -> None:
 def _addresses(vector: Tensor) -> range:
     """The addresses of a flat vector's entries; a single entry may have any stride, even 0."""
     step = max(1, vector.stride(0)) * vector.element_size()
-    return range(vector.data_ptr(), vector.data_ptr() + len(vector) * step, step)
+    return range(vector.data_ptr(), vector.data_ptr() + vector.numel() * step, step)
 
 
 def _check_apart(scores: Tensor, row: Tensor) -> None:

@@ -203,5 +203,6 @@ def end_row(flats: Sequence[FlatRow], loss_scale: float, *, add: bool = True) ->
         if waits and add:
             squares = found.reshape(flat.size, -1)
             flat.scores += torch.where(finite.to(flat.device), squares, torch.zeros_like(squares)).sum(1)
-        flat.zero()
+        if flat.samples is not None:  # the operator has cleared the row
+            flat.zero()
     return EndedRow(values, finite)

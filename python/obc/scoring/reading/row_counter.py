@@ -45,6 +45,7 @@ class RowCounter:
         self.left_out: list[str] = []
         self._flats, self._per_sample, self._strict = list(flats), per_sample, strict
         self._counts = torch.zeros(5, dtype=torch.int64, device=flats[0].device)
+        self._on_host = all(flat.device.type == "cpu" for flat in flats)
         self._faulty = [torch.zeros_like(flat.scores) for flat in flats]
         self._num_left_out = 0
 
@@ -54,7 +55,11 @@ class RowCounter:
         return sum(faulty.nbytes for faulty in self._faulty)
 
     def add(self, ended: EndedRow, dropped: bool = False) -> None:
-        """Count a row, if ``dropped`` with all its samples as left out; reads nothing from the device."""
+        """Count a row, if ``dropped`` with all its samples as left out; reads nothing from a GPU."""
+        samples = ended.finite.numel()
+        if self._on_host and not dropped and all(ended.finite.tolist()):
+            self._counts += torch.tensor([1, samples, 0, 0, 0], device="cpu")  # a tenth of the time of what follows
+            return
         counts, sample = self._counts, ended.faulty_sample()
         is_first = ~ended.finite.all() & (counts[2] == 0)
         for faulty, values in zip(self._faulty, ended.values, strict=True):
@@ -62,8 +67,8 @@ class RowCounter:
             torch.where(is_first.to(values.device), found, faulty, out=faulty)
         counts[3:] = torch.where(is_first, torch.cat([counts[:1], sample]), counts[3:])
         counts[0] += 1
-        counts[1] += ended.finite.numel()
-        counts[2] += ended.finite.numel() if dropped else (~ended.finite).sum()
+        counts[1] += samples
+        counts[2] += samples if dropped else (~ended.finite).sum()
 
     def read(self) -> Count:
         """The counts so far. Reads from the device."""
