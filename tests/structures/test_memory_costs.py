@@ -52,6 +52,15 @@ class Net(nn.Module):
         return self.head(self.slopes(self.depthwise(self.norm(self.stem(x)).relu())).mean((2, 3)))
 
 
+def test_what_no_group_changes_stays_the_same_down_to_one_channel() -> None:
+    model = Net().eval()
+    structure = TorchPruningStructure(model, torch.randn(2, 3, 8, 8))
+    for width in (16, 1):
+        structure.remove({"stem": torch.arange(16 - width)})
+        assert structure.costs("parameters").constant == 10  # the head's bias
+        assert structure.memory(MemoryUse()).constant == 4 * 10 + 8  # and the norm's count of batches
+
+
 def test_weights_and_running_statistics_of_a_traced_model() -> None:
     model = Net().eval()
     structure = TorchPruningStructure(model, torch.randn(2, 3, 8, 8))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -72,55 +71,6 @@ def has_own_tensors(module: nn.Module) -> bool:
     weight, tensors = getattr(module, "weight", None), {**module._parameters, **module._buffers}
     own = [tensor for key, tensor in tensors.items() if tensor is not None and key not in ("weight", "bias")]
     return layout_of(module) is not None and any(tensor.shape != getattr(weight, "shape", None) for tensor in own)
-
-
-def own_channels(layout: Rule, weight: Tensor, tensor: Tensor) -> dict[Literal["out", "in"], int] | None:
-    """The sides of a layer along which a tensor of its own beside weight and bias has channels -> the dimension there.
-
-    Such tensors of subclasses are masks and scales: with one dimension of as many entries as the layer has out
-    channels, or with several dimensions that broadcast to the weight's shape, or without channels. None for any other
-    shape: one value per in channel is no longer told apart once pruning makes both sides equally wide.
-
-    Args:
-        layout: the layer's rule.
-        weight: its weight, before or after pruning like ``tensor``.
-        tensor: the tensor.
-    """
-    wide = [dim for dim, size in enumerate(tensor.shape) if size > 1]
-    aligned = tensor.dim() == weight.dim()
-    if len(wide) == 1 and not (aligned and wide[0] > 1):
-        return {"out": wide[0]} if tensor.shape[wide[0]] == layout.sizes(weight)[0] else None
-    fits = aligned and all(size in (1, whole) for size, whole in zip(tensor.shape, weight.shape, strict=True))
-    if not fits and wide:
-        return None
-    axes = (layout.out_axis, layout.in_axis)
-    sides: tuple[Literal["out", "in"], ...] = ("out", "in")
-    return {side: axis for side, axis in zip(sides, axes, strict=True) if axis in wide}
-
-
-def channel_axis(tensor: Tensor, size: int) -> int | None:
-    """The only dimension of a tensor with ``size`` entries, one for each channel; None if it has no such dimension.
-
-    Raises:
-        ValueError: it has several.
-    """
-    axes = [dim for dim, length in enumerate(tensor.shape) if length == size]
-    if len(axes) > 1:
-        raise ValueError(f"which of its dimensions {tuple(tensor.shape)} belongs to the {size} channels is not known")
-    return axes[0] if axes else None
-
-
-def axis_beside(name: str, tensor: Tensor, weight: Tensor | None) -> int | None:
-    """The dimension of channels of the tensor ``name`` of a norm, or of a layer's bias; None if it has no channels.
-
-    Beside a weight with one value per channel, tensors have channels where they are as long; counters and tables are
-    not.
-    """
-    if not tensor.dim():
-        return None
-    if name in ("weight", "bias") or weight is None or weight.dim() != 1:
-        return -1
-    return channel_axis(tensor, len(weight))
 
 
 def loose_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -17,13 +17,6 @@ def is_within(name: str, outer: str) -> bool:
     return not outer or name == outer or name.startswith(f"{outer}.")
 
 
-def outer_names(name: str) -> Iterator[str]:
-    """The names of the modules that contain a module or tensor, the innermost first; the last is the model itself."""
-    while name:
-        name = name.rpartition(".")[0]
-        yield name
-
-
 def common(names: Iterable[str]) -> str:
     """The longest name that contains all names."""
     shared = []

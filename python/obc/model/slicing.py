@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from obc.model.channel_dims import channel_dims
 from obc.model.kept import Kept, PlanError
-from obc.model.layouts import axis_beside, layout_of, own_channels, split_by_group
+from obc.model.layouts import layout_of, split_by_group
 from obc.model.quantized import is_quantised, why_not_sliced
-from obc.model.recurrent import columns_of, gates_of, rows_of
 from obc.model.rules import Rule, is_packed
 
 
@@ -80,39 +80,25 @@ def _sliced(module: nn.Module, tensor_name: str, original: Tensor, kept: Kept, w
         return taken if kept.in_dim is None else _take(taken, kept.in_dim, kept.in_channels, kept.in_size)
     if isinstance(module, nn.MultiheadAttention):
         return _sliced_attention(tensor_name, original, kept)
-    if isinstance(module, nn.Embedding):
-        return _take(original, 1, kept.out_channels, kept.out_size)
-    if isinstance(module, nn.RNNBase):
-        rows, columns = kept.out_channels, columns_of(module, tensor_name, original, kept.out_channels, kept.in_columns)
-        _check_size(len(original) // gates_of(module), kept.out_size)
-        taken = _take(original, 0, rows_of(module, original, rows))
-        inputs = kept.in_size if tensor_name.startswith("weight_ih_l0") else None
-        return taken if columns is None else _take(taken, 1, columns, inputs)
-    layout = layout_of(module)
-    if layout is not None and tensor_name not in ("weight", "bias") and weight is not None:
-        if original.shape != weight.shape:
-            return _sliced_own(module, layout, weight, original, kept)
-    elif layout is None or tensor_name != "weight":
-        # Norms, PReLU, biases: one entry per channel; counters, single slopes and tables of another length have none.
-        axis = axis_beside(tensor_name, original, weight)
-        return original if axis is None else _take(original, axis, kept.out_channels, kept.out_size)
-    if was_depthwise(module, original, kept):
-        _check_size(len(original), kept.in_size)
-        return _take(original, 0, kept.out_channels, kept.out_size)
-    return sliced_weight(original, layout, kept)
-
-
-def _sliced_own(module: nn.Module, layout: Rule, weight: Tensor, original: Tensor, kept: Kept) -> Tensor:
-    """A tensor of a subclass that is not shaped like the weight."""
-    sides = own_channels(layout, weight, original)
-    if sides is None or (layout.groups > 1 and "in" in sides):
+    layout, alike = layout_of(module), weight is None or original.shape == weight.shape
+    if layout is not None and (tensor_name == "weight" or (tensor_name != "bias" and alike)):
+        if was_depthwise(module, original, kept):
+            _check_size(len(original), kept.in_size)
+            return _take(original, 0, kept.out_channels, kept.out_size)
+        return sliced_weight(original, layout, kept)
+    # Norms, PReLU, biases: one entry per channel; counters, single slopes and tables of another length have none.
+    if (dims := channel_dims(module, tensor_name, original, weight)) is None:
+        if layout is None or weight is None:
+            raise ValueError(f"where the channels of this {type(module).__name__} lie is not known")
         out_size, in_size = layout.sizes(weight)
         raise ValueError(
             f"of this {type(module).__name__} with {in_size} in and {out_size} out channels only tensors that have the "
             "weight's shape, or one value per out channel, can be cut; keep any other in a module of its own"
         )
-    for side, dim in sides.items():
-        original = _take(original, dim, kept.on(side), kept.out_size if side == "out" else kept.in_size)
+    for dim, along in dims.items():
+        channels, length = kept.on(along.side), original.shape[dim]
+        _check_size(along.channels(length), kept.out_size if along.side == "out" else kept.in_size)
+        original = _take(original, dim, None if channels is None else along.entries(channels, length))
     return original
 
 

@@ -28,12 +28,13 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 
+from obc.model.channel_dims import channel_dims
 from obc.model.evaluation import first_floating
 from obc.model.experts import is_correction
 from obc.model.groups import ChannelGroup, Side
 from obc.model.kept import Kept, staying
 from obc.model.names import named_modules
-from obc.model.recurrent import columns_of, is_recurrent
+from obc.model.recurrent import is_recurrent
 from obc.model.rules import Rule, rule_for
 from obc.model.shared_copy import Uses, parameter_uses, replace_parameter, shared_copy
 from obc.model.slicing import sliced
@@ -183,13 +184,11 @@ def _zero_outputs(uses: Uses, modules: Mapping[str, nn.Module], name: str, chann
 
 def _zero_recurrent(uses: Uses, module: nn.RNNBase, side: Side, channels: Tensor) -> None:
     """Let neither a recurrent layer's own next step nor its next layer read hidden units, or its first these inputs."""
-    none = channels[:0]
-    read = {"units": channels, "inputs": none} if side == "out" else {"units": none, "inputs": channels}
     for key, parameter in list(module.named_parameters(recurse=False)):
-        columns = columns_of(module, key, parameter, **read)
-        if columns is not None and len(columns):
-            zeroed = parameter.detach().index_fill(1, columns.to(parameter.device), 0)
-            replace_parameter(uses, parameter, zeroed)
+        columns = (channel_dims(module, key, parameter, None) or {}).get(1)
+        if columns is not None and columns.side == side:
+            gone = columns.entries(channels, parameter.shape[1]).to(parameter.device)
+            replace_parameter(uses, parameter, parameter.detach().index_fill(1, gone, 0))
 
 
 def _without_columns(rule: Rule, tensor: Tensor, channels: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,13 +12,13 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from obc.model.arguments import one_of
+from obc.model.channel_dims import ChannelDim, channel_dims
 from obc.model.costs import Costs
 from obc.model.evaluation import evaluating, tensors_in
 from obc.model.groups import ChannelGroup
 from obc.model.hooks import hooked
-from obc.model.layouts import axis_beside, is_depthwise, layer_of, layout_of, own_channels
+from obc.model.layouts import is_depthwise, layer_of, layout_of
 from obc.model.names import joined, named_modules, saved_buffers
-from obc.model.recurrent import directions_of, gates_of, is_recurrent
 from obc.structures.memory import MemoryUse
 from obc.structures.polynomial import Polynomial
 from obc.structures.products import Products
@@ -123,7 +122,7 @@ class TracedCosts:
             return self._of_tensors(unit, lambda parameter: 1.0, buffers=False)
         polynomial = self._polynomial(unit)
         for name, module in layers_run(self.model, self.usage).items():
-            self._add_layer(polynomial, self.usage.positions[name], name, module)
+            self._add_tensor(polynomial, self.usage.positions[name], name, "weight", layer_of(module)[1])
         products.add_to(polynomial, self.groups)
         return polynomial.costs()
 
@@ -157,54 +156,22 @@ class TracedCosts:
                 polynomial.place((part.module, part.side), index, part)
         return polynomial
 
-    def _add_layer(self, polynomial: Polynomial, factor: float, name: str, module: nn.Module) -> None:
-        """``factor`` times the entries of a linear or convolutional layer's weight."""
-        layout, weight = layer_of(module)
-        area = weight[0, 0].numel()
-        out_size, in_size = layout.sizes(weight)
-        if name in self.usage.depthwise:
-            polynomial.add(factor * area, polynomial.size((name, "out"), out_size))
-        else:
-            _add_weight(polynomial, factor * area, name, (out_size, in_size), layout.groups)
-
     def _add_tensor(self, polynomial: Polynomial, factor: float, name: str, key: str, tensor: Tensor) -> None:
         """``factor`` times the entries of the parameter or buffer ``key`` of the module ``name``."""
         module, full_name = self.model.get_submodule(name), joined(name, key)
         if full_name in self.dims:
-            size = tensor.shape[self.dims[full_name]]
-            polynomial.add(factor * tensor.numel() / size, polynomial.size((full_name, "out"), size))
-        elif (layout := layout_of(module)) is not None and key != "bias":
-            _, weight = layer_of(module)
-            if tensor.shape == weight.shape:
-                self._add_layer(polynomial, factor, name, module)
+            name, dims = full_name, {self.dims[full_name]: ChannelDim("out")}
+        else:
+            dims = channel_dims(module, key, tensor, getattr(module, "weight", None)) or {}
+        sizes, groups = [], 1
+        for dim, length in enumerate(tensor.shape):
+            along = dims.get(dim)
+            if along is None or (along.side == "in" and name in self.usage.depthwise):
+                factor *= length
             else:
-                sides = own_channels(layout, weight, tensor) or {}
-                each = tensor.numel() / math.prod(tensor.shape[dim] for dim in sides.values())
-                sizes = (polynomial.size((name, side), tensor.shape[dim]) for side, dim in sides.items())
-                polynomial.add(factor * each, *sizes)
-        elif is_recurrent(module):
-            self._add_recurrent(polynomial, factor, name, key, module)
-        elif isinstance(module, nn.MultiheadAttention) and key == "in_proj_weight":
-            _add_weight(polynomial, factor, name, (3 * module.embed_dim, module.embed_dim), 1)
-        elif tensor.numel() == 1:
-            polynomial.constant += factor  # one slope for all channels
-        elif (axis := axis_beside(key, tensor, getattr(module, "weight", None))) is None:
-            polynomial.constant += factor * tensor.numel()  # a table of another length
-        else:
-            size = tensor.shape[axis]
-            side = "in" if key in ("bias_k", "bias_v") else "out"
-            polynomial.add(factor * tensor.numel() / size, polynomial.size((name, side), size))
-
-    def _add_recurrent(self, polynomial: Polynomial, factor: float, name: str, key: str, module: nn.RNNBase) -> None:
-        """``factor`` times the entries of the parameter ``key`` of a recurrent layer."""
-        units = polynomial.size((name, "out"), module.hidden_size)
-        rows = factor * gates_of(module)
-        if not key.startswith("weight"):
-            polynomial.add(rows, units)
-        elif key.startswith("weight_ih_l0"):
-            polynomial.add(rows, units, polynomial.size((name, "in"), module.input_size))
-        else:
-            polynomial.add(rows * (1 if key.startswith("weight_hh") else directions_of(module)), units, units)
+                factor, groups = factor * along.copies, groups * along.groups
+                sizes.append(polynomial.size((name, along.side), along.channels(length)))
+        polynomial.add(factor / groups, *sizes)
 
 
 def layers_run(model: nn.Module, usage: Usage) -> dict[str, nn.Module]:
@@ -217,8 +184,3 @@ def layers_run(model: nn.Module, usage: Usage) -> dict[str, nn.Module]:
         and layout_of(module) is not None
         and not isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention)
     }
-
-
-def _add_weight(polynomial: Polynomial, factor: float, name: str, sizes: tuple[int, int], groups: int) -> None:
-    out_side, in_side = (polynomial.size((name, side), size) for side, size in zip(("out", "in"), sizes, strict=True))
-    polynomial.add(factor / groups, out_side, in_side)

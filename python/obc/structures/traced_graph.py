@@ -14,10 +14,11 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import checkpoint as checkpoints
 
+from obc.model.channel_dims import channel_axis
 from obc.model.errors import PruningError, explained
 from obc.model.evaluation import differentiable, evaluating
 from obc.model.groups import Side
-from obc.model.layouts import channel_axis, layout_of, loose_buffers
+from obc.model.layouts import layout_of, loose_buffers
 from obc.model.linear_like import acts_as_linear
 from obc.model.names import joined
 from obc.model.recurrent import is_recurrent

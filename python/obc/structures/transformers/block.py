@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
+from obc.model.channel_dims import channel_dims
 from obc.model.groups import ChannelGroup, Side, Slice
 from obc.model.kept import Kept, staying
-from obc.model.layouts import is_depthwise, layout_of
+from obc.model.layouts import is_depthwise
 from obc.structures.transformers.layers import Counter, Layers
 from obc.structures.units import NotPrunableError
 
@@ -130,21 +130,12 @@ def block_of(
 
 def layer_axes(name: str, module: nn.Module, side: Side) -> tuple[Axis, ...]:
     """The axes of one side of an ordinary layer: linear, convolution, norm or embedding."""
-    if isinstance(module, _NormBase):  # with statistics per channel
-        tensors = {**module._parameters, **module._buffers}
-        names = [key for key, tensor in tensors.items() if tensor is not None and tensor.dim() == 1]
-        return tuple(Axis(name, key, 0, name, "out", raw=False) for key in names)
-    layout, weight = layout_of(module), module.weight
-    assert isinstance(weight, Tensor)
-    bias: tuple[Axis, ...] = ()
-    if side == "out" and isinstance(own := getattr(module, "bias", None), Tensor):
-        bias = (Axis(name, "bias", own.dim() - 1, name, "out", raw=False),)
-    if layout is None:
-        return (Axis(name, "weight", weight.dim() - 1, name, "out", raw=False), *bias)
-    if is_depthwise(module):
-        return (Axis(name, "weight", 0, name, "out", raw=False), *bias)
-    dim = 0 if (side == "out") != layout.transposed else 1
-    return (Axis(name, "weight", dim, name, side, raw=False), *bias)
+    axes: list[Axis] = []
+    side = "out" if is_depthwise(module) else side
+    for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+        dims = {} if tensor is None else channel_dims(module, key, tensor, getattr(module, "weight", None)) or {}
+        axes += [Axis(name, key, dim, name, side, raw=False) for dim, one in dims.items() if one.side == side]
+    return tuple(axes)
 
 
 def cut_along(axis: Axis, size: int, removed: Tensor, other: Kept | None = None) -> Kept:
