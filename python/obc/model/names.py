@@ -17,6 +17,14 @@ def is_within(name: str, outer: str) -> bool:
     return not outer or name == outer or name.startswith(f"{outer}.")
 
 
+def outwards(name: str) -> Iterator[str]:
+    """The name, then those of the modules around it, innermost first; the last is the model's own, which is empty."""
+    yield name
+    while name:
+        name = name.rpartition(".")[0]
+        yield name
+
+
 def common(names: Iterable[str]) -> str:
     """The longest name that contains all names."""
     shared = []

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from obc.model.arguments import listed, number
+from obc.model.names import outwards
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,7 @@ def refuse_unknown(argument: str, names: Iterable[str], groups: Iterable[str]) -
 
 def found_for(name: str, values: Mapping[str, float], default: float) -> float:
     """The value for a name, or for its longest prefix that ends before a dot."""
-    while name:
-        if name in values:
-            return values[name]
-        name = name.rpartition(".")[0]
-    return default
+    return next((values[one] for one in outwards(name) if one in values), default)
 
 
 def block_of(name: str) -> str:

@@ -16,7 +16,7 @@ from obc.model.evaluation import Run, device_of, evaluating, tensors_in, without
 from obc.model.groups import ChannelGroup, Side
 from obc.model.hooks import hooked
 from obc.model.latency_table import LatencyTable, SharedSeconds, device_name
-from obc.model.names import common, is_within, named_modules
+from obc.model.names import common, is_within, named_modules, outwards
 from obc.model.shared_copy import shared_copy
 from obc.model.timing import median_seconds
 from obc.selection.uniform import permitted_widths
@@ -204,9 +204,7 @@ def _places(groups: Sequence[ChannelGroup], called: Collection[str]) -> dict[str
 
 def _running(name: str, called: Collection[str]) -> str:
     """The module of this name, or the innermost one around it that runs by itself; "" if that is the model."""
-    while name and name not in called:
-        name = name.rpartition(".")[0]
-    return name
+    return next(one for one in outwards(name) if one in called or not one)
 
 
 class _Shares:

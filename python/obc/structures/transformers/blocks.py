@@ -13,6 +13,7 @@ from torch import nn
 
 import obc.structures.transformers.families  # noqa: F401 - the families register themselves
 from obc.model.arguments import listed
+from obc.model.names import outwards
 from obc.structures.transformers.attention import attentions
 from obc.structures.transformers.block import Block, layer_axes
 from obc.structures.transformers.embedding import embedding, embedding_name
@@ -139,12 +140,7 @@ def uncovered(layers: Layers, blocks: Mapping[str, Block], left_out: Collection[
 
 
 def _with_those_around(names: Iterable[str]) -> set[str]:
-    found: set[str] = set()
-    for name in names:
-        while name and name not in found:
-            found.add(name)
-            name = name.rpartition(".")[0]
-    return found
+    return {one for name in names for one in outwards(name) if one}
 
 
 def _reason(module: nn.Module, names: list[str]) -> str:

@@ -33,7 +33,7 @@ from torch import nn
 from obc.model.depth import BlockList, Depth, Skipped, StandIn, config_parts
 from obc.model.groups import ChannelGroup, Slice
 from obc.model.layouts import layout_of
-from obc.model.names import is_within, joined
+from obc.model.names import is_within, joined, outwards
 from obc.model.shared_copy import shared_parameters
 from obc.structures.units import NotPrunableError
 
@@ -79,9 +79,7 @@ class Holders:
 
     def of(self, name: str) -> set[int]:
         """The indices of the units that it is removed with (:meth:`DepthUnit.holds`)."""
-        parts = name.split(".")
-        enclosing = (".".join(parts[:end]) for end in range(1, len(parts) + 1))
-        return {place for one in enclosing for place in self._places.get(one, ())}
+        return {place for one in outwards(name) for place in self._places.get(one, ())}
 
     def innermost(self, name: str) -> int | None:
         """The branch, or else the whole block, that it is removed with; None if there is none."""
@@ -346,8 +344,5 @@ def _count_keys(config: Any, list_name: str) -> tuple[str, ...]:
 
 def _owner_config(modules: Mapping[str, nn.Module], name: str) -> Any:
     """The config of the innermost module around a list that has one."""
-    while name:
-        name = name.rpartition(".")[0]
-        if (config := vars(modules[name]).get("config")) is not None:
-            return config
-    return None
+    configs = (vars(modules[one]).get("config") for one in outwards(name))
+    return next((config for config in configs if config is not None), None)

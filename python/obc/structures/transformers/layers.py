@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from obc.model.depth import config_parts
 from obc.model.layouts import layer_of, layout_of
-from obc.model.names import joined, named_modules
+from obc.model.names import joined, named_modules, outwards
 from obc.model.quantized import is_quantised, why_not_sliced
 from obc.structures.units import NotPrunableError
 
@@ -66,12 +66,9 @@ class Layers:
         """Set :attr:`config` to that of the module ``name``, or of the nearest module around it that has one."""
         if self.config is None:
             return
-        while True:
-            own = vars(self.modules[name]).get("config") if name in self.modules else None
-            if id(own) in self._parts or not name:
-                break
-            name = name.rpartition(".")[0]
-        self.config_part, self.config = self._parts.get(id(own), ("", self.model.config))
+        own = (id(vars(self.modules[one]).get("config")) for one in outwards(name) if one in self.modules)
+        known = (self._parts[one] for one in own if one in self._parts)
+        self.config_part, self.config = next(known, ("", self.model.config))
 
     def has(self, name: str, child: str) -> bool:
         """Whether the module ``name`` has a module ``child``."""

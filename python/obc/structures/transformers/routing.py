@@ -7,12 +7,13 @@ their router: a list with as many modules as the router has outputs, or a tensor
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import islice, pairwise
 from typing import Any
 
 from torch import Tensor, nn
 
 from obc.model.layouts import layout_of
-from obc.model.names import is_within, joined
+from obc.model.names import is_within, joined, outwards
 from obc.structures.transformers.layers import value_of
 
 # Attributes and config keys that hold it; a router that always chooses the same number has none.
@@ -57,13 +58,7 @@ def _configs(modules: Mapping[str, nn.Module], experts: str) -> Iterator[Any]:
     for child in ROUTERS:
         if (router := modules.get(joined(parent, child))) is not None and "config" in vars(router):
             yield router.config
-    name = experts
-    while True:
-        if "config" in vars(modules[name]):
-            yield modules[name].config
-        if not name:
-            return
-        name = name.rpartition(".")[0]
+    yield from (modules[name].config for name in outwards(experts) if "config" in vars(modules[name]))
 
 
 def met_share(modules: Mapping[str, nn.Module], name: str, parameter: Tensor) -> float:
@@ -113,12 +108,10 @@ def routed_experts(modules: Mapping[str, nn.Module], experts: str) -> int:
 
 def _list_around(modules: Mapping[str, nn.Module], name: str) -> tuple[str, int] | None:
     """(name, length) of the innermost list of experts around a module: one called so, or as long as its router."""
-    inner = name
-    while inner:
-        inner = inner.rpartition(".")[0]
+    for inner, outer in pairwise(outwards(name)):
         listed = modules[inner]
-        if isinstance(listed, (nn.ModuleList, nn.ModuleDict)) and len(listed) > 1:
-            rows = _outputs(modules, inner.rpartition(".")[0])
+        if inner != name and isinstance(listed, (nn.ModuleList, nn.ModuleDict)) and len(listed) > 1:
+            rows = _outputs(modules, outer)
             if inner.rpartition(".")[2] == "experts" or len(listed) in rows.values():
                 return inner, len(listed)
     return None
@@ -166,9 +159,5 @@ def _as_many_rows(modules: Mapping[str, nn.Module], name: str, parameter: Tensor
 
 def _near(name: str) -> Iterator[tuple[str, str]]:
     """(module, module around it) outwards; at first the module itself, as both."""
-    yield name, name
-    for _ in range(_NEAR - 1):
-        if not name:
-            return
-        inner, name = name, name.rpartition(".")[0]
-        yield inner, name
+    places = list(islice(outwards(name), _NEAR))
+    return zip((name, *places), places, strict=False)
