@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from obc.model.evaluation import kept_by, tensors_in
 from obc.model.kept import Kept, PlanError, kept_of
-from obc.model.layouts import is_depthwise, layout_of
+from obc.model.layouts import is_depthwise, layout_of, set_held_width
 from obc.model.linear_like import is_linear, sizes_of
 from obc.model.names import joined, named_modules, saved_buffers
 from obc.model.recurrent import is_recurrent, sync_recurrent
@@ -52,8 +51,9 @@ def cut(model: nn.Module, plan: Mapping[str, Kept]) -> None:
         if id(tensor) in made and not type(module).__module__.startswith("torch.nn."):
             _sync_shapes(module, tensor.shape, made[id(tensor)][1].shape)
     for module_name, module in named_modules(model):
-        if module_name in plan and module._parameters.get("weight") is None:
-            _resize(module, plan[module_name])
+        kept = plan.get(module_name)
+        if kept is not None and kept.out_channels is not None and module._parameters.get("weight") is None:
+            set_held_width(module, len(kept.out_channels))  # a norm without a weight
     for module in model.modules():
         _forget_kept(module)
 
@@ -84,29 +84,18 @@ def _sync_sizes(module: nn.Module) -> None:
         module.head_dim = module.embed_dim // module.num_heads
     elif is_recurrent(module):
         sync_recurrent(module)
-    elif isinstance(module, _NormBase):
-        if (own := weight if weight is not None else module._buffers.get("running_mean")) is not None:
-            module.num_features = len(own)
-    elif weight is None:
+    elif (own := weight if weight is not None else module._buffers.get("running_mean")) is None:
         return
     elif isinstance(module, _ConvNd) and is_depthwise(module):
-        module.groups = module.in_channels = module.out_channels = len(weight)
+        module.groups = module.in_channels = module.out_channels = len(own)
     elif isinstance(module, _ConvNd) or is_linear(module):
         layout = layout_of(module)
         assert layout is not None
         for names in sizes_of(module):
-            for name, size in zip(names, layout.sizes(weight), strict=True):
+            for name, size in zip(names, layout.sizes(own), strict=True):
                 setattr(module, name, size)
-    elif isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-        module.embedding_dim = weight.shape[1]
-    elif isinstance(module, nn.GroupNorm):
-        module.num_channels = len(weight)
-    elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-        module.normalized_shape = tuple(weight.shape)
-    elif isinstance(module, nn.PReLU):
-        module.num_parameters = len(weight)
-    elif layout_of(module) is not None:  # GPT-2's linear layer
-        module.nx, module.nf = weight.shape  # type: ignore[assignment]
+    elif not set_held_width(module, own.shape[-1]) and layout_of(module) is not None:  # GPT-2's linear layer
+        module.nx, module.nf = own.shape  # type: ignore[assignment]
 
 
 def _sync_shapes(module: nn.Module, before: torch.Size, after: torch.Size) -> None:
@@ -133,16 +122,3 @@ def _forget_kept(module: nn.Module) -> None:
         vars(module).update(
             {key: value for key, value in kept_by(tried).items() if key in kept and not tensors_in(value)}
         )
-
-
-def _resize(module: nn.Module, kept: Kept) -> None:
-    """Shrink a norm that has no weight."""
-    if kept.out_channels is None:
-        return
-    size = len(kept.out_channels)
-    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-        module.normalized_shape = (size,)
-    elif isinstance(module, nn.GroupNorm):
-        module.num_channels = size
-    elif isinstance(module, _NormBase):
-        module.num_features = size

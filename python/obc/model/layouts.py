@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +72,31 @@ def has_own_tensors(module: nn.Module) -> bool:
     weight, tensors = getattr(module, "weight", None), {**module._parameters, **module._buffers}
     own = [tensor for key, tensor in tensors.items() if tensor is not None and key not in ("weight", "bias")]
     return layout_of(module) is not None and any(tensor.shape != getattr(weight, "shape", None) for tensor in own)
+
+
+# torch's norms, embeddings and PReLU -> the attribute with their number of channels, or with a shape that ends with it.
+_WIDTHS: tuple[tuple[type | tuple[type, ...], str], ...] = (
+    (_NormBase, "num_features"),
+    (nn.GroupNorm, "num_channels"),
+    ((nn.LayerNorm, nn.RMSNorm), "normalized_shape"),
+    ((nn.Embedding, nn.EmbeddingBag), "embedding_dim"),
+    (nn.PReLU, "num_parameters"),
+)
+
+
+def held_width(module: nn.Module) -> int | None:
+    """The number of channels that a norm, embedding or PReLU of torch holds; None for other modules."""
+    held: Any = next((getattr(module, key) for kinds, key in _WIDTHS if isinstance(module, kinds)), None)
+    return held[-1] if isinstance(held, tuple) else held
+
+
+def set_held_width(module: nn.Module, width: int) -> bool:
+    """Let a norm, embedding or PReLU of torch hold this number of channels; False for other modules."""
+    key = next((key for kinds, key in _WIDTHS if isinstance(module, kinds)), None)
+    if key is not None:
+        held = getattr(module, key)
+        setattr(module, key, (*held[:-1], width) if isinstance(held, tuple) else width)
+    return key is not None
 
 
 def loose_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

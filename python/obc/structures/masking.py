@@ -33,6 +33,7 @@ from obc.model.evaluation import first_floating
 from obc.model.experts import is_correction
 from obc.model.groups import ChannelGroup, Side
 from obc.model.kept import Kept, staying
+from obc.model.layouts import set_held_width
 from obc.model.names import named_modules
 from obc.model.recurrent import is_recurrent
 from obc.model.rules import Rule, rule_for
@@ -237,11 +238,8 @@ def _normalise_kept(module: nn.Module, size: int, dim: int, channels: Tensor) ->
             key: None if tensor is None else _of_kept(module, key, tensor, stays)
             for key, tensor in vars(module)[kind].items()
         }
-    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-        inner.normalized_shape = (len(stays),)
-    elif isinstance(module, nn.GroupNorm):
-        inner.num_channels = len(stays)
-    elif type(grouped := getattr(module, "group_size", None)) is int and grouped:  # groups keep equal numbers
+    grouped = getattr(module, "group_size", None)
+    if not set_held_width(inner, len(stays)) and type(grouped) is int and grouped:  # groups keep equal numbers
         inner.group_size = grouped * len(stays) // size
 
     def narrowed(value: Any, axis: int) -> Any:

@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from obc.model.kept import Kept, PlanError, kept_of, staying
-from obc.model.layouts import is_depthwise, layout_of
+from obc.model.layouts import held_width, is_depthwise, layout_of
 from obc.model.recurrent import is_recurrent
 from obc.model.slicing import same_values, sliced
 from obc.structures.masking import Lost
@@ -57,12 +56,8 @@ def size_of(module: nn.Module, side: str) -> int:
     if layout is not None:
         assert isinstance(weight, Tensor)
         return weight.shape[0] if is_depthwise(module) else layout.sizes(weight)[0 if side == "out" else 1]
-    if isinstance(module, _NormBase):
-        return module.num_features
-    if isinstance(module, nn.GroupNorm):
-        return module.num_channels
-    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-        return module.normalized_shape[-1]
+    if (width := held_width(module)) is not None:
+        return width
     assert isinstance(weight, Tensor)
     return weight.shape[-1]
 
