@@ -47,6 +47,16 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tenso
         yield from ((module_name, module, name, buffer) for name, buffer in saved_buffers(module))
 
 
+def distinct_tensors(model: nn.Module, buffers: bool) -> Iterator[tuple[str, str, Tensor]]:
+    """(module name, tensor name, tensor) of every parameter, and saved buffer; what modules share comes once."""
+    seen: set[int] = set()
+    for module_name, module in named_modules(model):
+        for name, tensor in (*module.named_parameters(recurse=False), *(saved_buffers(module) if buffers else ())):
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield module_name, name, tensor
+
+
 def saved_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The module's own buffers that are in its state dict."""
     for name, buffer in module._buffers.items():

@@ -18,7 +18,7 @@ from obc.model.evaluation import evaluating, tensors_in
 from obc.model.groups import ChannelGroup
 from obc.model.hooks import hooked
 from obc.model.layouts import is_depthwise, layer_of, layout_of
-from obc.model.names import joined, named_modules, saved_buffers
+from obc.model.names import distinct_tensors, joined, named_modules
 from obc.structures.memory import MemoryUse
 from obc.structures.polynomial import Polynomial
 from obc.structures.products import Products
@@ -140,13 +140,9 @@ class TracedCosts:
         return self._of_tensors("bytes", use.bytes_each, buffers=True)
 
     def _of_tensors(self, unit: str, factor: Callable[[Tensor], float], buffers: bool) -> Costs:
-        polynomial, seen = self._polynomial(unit), set[int]()
-        for name, module in named_modules(self.model):
-            saved = saved_buffers(module) if buffers else ()
-            for key, tensor in (*module.named_parameters(recurse=False), *saved):
-                if id(tensor) not in seen:
-                    seen.add(id(tensor))
-                    self._add_tensor(polynomial, factor(tensor), name, key, tensor)
+        polynomial = self._polynomial(unit)
+        for name, key, tensor in distinct_tensors(self.model, buffers):
+            self._add_tensor(polynomial, factor(tensor), name, key, tensor)
         return polynomial.costs()
 
     def _polynomial(self, unit: str) -> Polynomial:

@@ -16,7 +16,7 @@ from obc.model.depth import Skipped
 from obc.model.experts import expert_weights, fused_experts, is_parallel
 from obc.model.groups import ChannelGroup, Slice
 from obc.model.layouts import layout_of
-from obc.model.names import joined, named_modules, saved_buffers
+from obc.model.names import distinct_tensors, joined, named_modules
 from obc.structures.memory import MemoryUse
 from obc.structures.polynomial import Polynomial
 from obc.structures.protocol import Unit
@@ -84,16 +84,11 @@ class TransformerCosts:
 
     def memory(self, use: MemoryUse, cached: Sequence[CachedLayer] = ()) -> Costs:
         """Bytes of the saved weights and buffers, tied ones once, and of the key/value cache."""
-        polynomial, seen = self._polynomial("bytes"), set[int]()
-        for own, module in named_modules(self.model):
-            name = self.names[own]
-            for key, tensor in (*module.named_parameters(recurse=False), *saved_buffers(module)):
-                if id(tensor) in seen:
-                    continue
-                seen.add(id(tensor))
-                full = joined(name, key)
-                sizes = (polynomial.size((full, dim), size) for dim, size in enumerate(tensor.shape))
-                polynomial.add(use.bytes_each(tensor), *sizes, goes_with=self._container(name))
+        polynomial = self._polynomial("bytes")
+        for own, key, tensor in distinct_tensors(self.model, buffers=True):
+            full = joined(self.names[own], key)
+            sizes = (polynomial.size((full, dim), size) for dim, size in enumerate(tensor.shape))
+            polynomial.add(use.bytes_each(tensor), *sizes, goes_with=self._container(self.names[own]))
         per_unit = dict.fromkeys((block.group.name for block in self.blocks), 0.0)
         for layer in cached:
             goes_with, taken = self._container(layer.module), layer.bytes_of_unit(use)
@@ -149,15 +144,14 @@ def macs_for_one_token(model: nn.Module) -> dict[str, float]:
 
 def _terms(model: nn.Module, unit: str) -> Iterator[tuple[str, str, Tensor, tuple[int, ...], float]]:
     """(module, parameter's name in it, parameter, dimensions that don't count, how often it counts)."""
-    seen: set[int] = set()
     modules = dict(named_modules(model))
+    if unit != "macs":
+        for module_name, key, parameter in distinct_tensors(model, buffers=False):
+            yield module_name, key, parameter, *_counted(modules, module_name, parameter, unit)
+        return
     for module_name, module in modules.items():
         for key, parameter in module.named_parameters(recurse=False):
-            if unit != "macs":
-                if id(parameter) not in seen:
-                    seen.add(id(parameter))
-                    yield module_name, key, parameter, *_counted(modules, module_name, parameter, unit)
-            elif layout_of(module) is not None and key == "weight":
+            if layout_of(module) is not None and key == "weight":
                 yield module_name, key, parameter, (), 1.0
             elif key in expert_weights(module) or is_parallel(module):
                 yield module_name, key, parameter, (0,), float(routed_experts(modules, module_name))

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
-import torch
 from torch import Tensor, nn
 
 from obc.model.cutting import cut
 from obc.model.depth import put_stand_in
 from obc.model.groups import Slice
 from obc.model.kept import Kept
+from obc.structures.masking import lost_channels
 from obc.structures.transformers.block import Axis, Block, axis_key, count_down, cut_along, layer_axes
 from obc.structures.transformers.depth import DepthUnit
 from obc.structures.units import group_left
@@ -59,20 +59,18 @@ class BlockWeights:
         Raises:
             PlanError: a tensor can't be cut; nothing was removed.
         """
-        places = {name: [self.axes(block, part) for part in block.group.slices] for name, block in self.blocks.items()}
-        lost: dict[tuple[str, int], Tensor] = {}  # axis -> the positions that it loses
+        lost = lost_channels([block.group for block in self.blocks.values()], chosen)
         step: dict[str, Kept] = {}
-        for name, units in chosen.items():
-            for part, axes in zip(self.blocks[name].group.slices, places[name], strict=True):
-                for axis in axes:
-                    gone, key = part.channels[units].flatten(), axis_key(axis)
-                    lost[key] = torch.cat([lost.get(key, gone[:0]), gone]).unique()
-                    size = self.tensor(axis).shape[axis.dim]
-                    step[axis.key] = cut_along(axis, size, lost[key], step.get(axis.key))
+        for block in self.blocks.values():
+            for part in block.group.slices:
+                if (gone := lost.get((part.module, part.side))) is None:
+                    continue
+                for axis in self.axes(block, part):
+                    step[axis.key] = cut_along(axis, self.tensor(axis).shape[axis.dim], gone, step.get(axis.key))
         cut(self.modules[""], step)
         self.kept |= {key: one.after(self.kept.get(key)) for key, one in step.items()}
         for name, block in self.blocks.items():
-            gone_here = [lost.get(axis_key(axes[0])) for axes in places[name]]
+            gone_here = [lost.get((part.module, part.side)) for part in block.group.slices]
             self.blocks[name] = replace(block, group=group_left(block.group, chosen.get(name), gone_here))
         for name, units in chosen.items():
             count_down(self.modules, self.blocks[name], len(units))
