@@ -8,6 +8,7 @@ has a row in every gate's block of ``weight_ih``, ``weight_hh`` and the biases o
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -70,6 +71,14 @@ def channel_dims(module: nn.Module, name: str, tensor: Tensor, weight: Tensor | 
         return {tensor.dim() - 1: ChannelDim("in" if name in ("bias_k", "bias_v") else "out")}
     dim = _dim_beside(name, tensor, weight)
     return {} if dim is None else {dim: ChannelDim("out")}
+
+
+def dims_of_side(module: nn.Module, side: Side) -> Iterator[tuple[str, int, ChannelDim]]:
+    """(name of a tensor, dimension, the channels along it) for each of a module's tensors with channels of a side."""
+    weight = getattr(module, "weight", None)
+    for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+        dims = None if tensor is None else channel_dims(module, name, tensor, weight)
+        yield from ((name, dim, along) for dim, along in (dims or {}).items() if along.side == side)
 
 
 def _beside_layer(layout: Rule, weight: Tensor, tensor: Tensor) -> dict[int, ChannelDim] | None:

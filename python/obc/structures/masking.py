@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 
-from obc.model.channel_dims import channel_dims
+from obc.model.channel_dims import dims_of_side
 from obc.model.evaluation import first_floating
 from obc.model.experts import is_correction
 from obc.model.groups import ChannelGroup, Side
@@ -185,11 +185,12 @@ def _zero_outputs(uses: Uses, modules: Mapping[str, nn.Module], name: str, chann
 
 def _zero_recurrent(uses: Uses, module: nn.RNNBase, side: Side, channels: Tensor) -> None:
     """Let neither a recurrent layer's own next step nor its next layer read hidden units, or its first these inputs."""
-    for key, parameter in list(module.named_parameters(recurse=False)):
-        columns = (channel_dims(module, key, parameter, None) or {}).get(1)
-        if columns is not None and columns.side == side:
-            gone = columns.entries(channels, parameter.shape[1]).to(parameter.device)
-            replace_parameter(uses, parameter, parameter.detach().index_fill(1, gone, 0))
+    for key, dim, along in list(dims_of_side(module, side)):
+        if dim == 1:
+            parameter = module._parameters[key]
+            assert parameter is not None
+            columns = along.entries(channels, parameter.shape[1]).to(parameter.device)
+            replace_parameter(uses, parameter, parameter.detach().index_fill(1, columns, 0))
 
 
 def _without_columns(rule: Rule, tensor: Tensor, channels: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from obc.model.arguments import one_of
-from obc.model.channel_dims import ChannelDim, channel_dims
+from obc.model.channel_dims import dims_of_side
 from obc.model.costs import Costs
 from obc.model.evaluation import evaluating, tensors_in
 from obc.model.groups import ChannelGroup
@@ -122,7 +122,7 @@ class TracedCosts:
             return self._of_tensors(unit, lambda parameter: 1.0, buffers=False)
         polynomial = self._polynomial(unit)
         for name, module in layers_run(self.model, self.usage).items():
-            self._add_tensor(polynomial, self.usage.positions[name], name, "weight", layer_of(module)[1])
+            polynomial.add_tensor(self.usage.positions[name], joined(name, "weight"), layer_of(module)[1])
         products.add_to(polynomial, self.groups)
         return polynomial.costs()
 
@@ -142,32 +142,20 @@ class TracedCosts:
     def _of_tensors(self, unit: str, factor: Callable[[Tensor], float], buffers: bool) -> Costs:
         polynomial = self._polynomial(unit)
         for name, key, tensor in distinct_tensors(self.model, buffers):
-            self._add_tensor(polynomial, factor(tensor), name, key, tensor)
+            polynomial.add_tensor(factor(tensor), joined(name, key), tensor)
         return polynomial.costs()
 
     def _polynomial(self, unit: str) -> Polynomial:
         polynomial = Polynomial(self.groups, unit)
-        for index, group in enumerate(self.groups):
-            for part in group.slices:
-                polynomial.place((part.module, part.side), index, part)
+        for index, part in ((index, part) for index, group in enumerate(self.groups) for part in group.slices):
+            name, taken = part.module, part.channels.shape[1]
+            if name in self.dims:
+                polynomial.place((name, self.dims[name]), index, taken)
+            elif part.side == "out" or name not in self.usage.depthwise:
+                for key, dim, along in dims_of_side(self.model.get_submodule(name), part.side):
+                    if (full := joined(name, key)) not in self.dims:
+                        polynomial.place((full, dim), index, taken * along.copies / along.groups)
         return polynomial
-
-    def _add_tensor(self, polynomial: Polynomial, factor: float, name: str, key: str, tensor: Tensor) -> None:
-        """``factor`` times the entries of the parameter or buffer ``key`` of the module ``name``."""
-        module, full_name = self.model.get_submodule(name), joined(name, key)
-        if full_name in self.dims:
-            name, dims = full_name, {self.dims[full_name]: ChannelDim("out")}
-        else:
-            dims = channel_dims(module, key, tensor, getattr(module, "weight", None)) or {}
-        sizes, groups = [], 1
-        for dim, length in enumerate(tensor.shape):
-            along = dims.get(dim)
-            if along is None or (along.side == "in" and name in self.usage.depthwise):
-                factor *= length
-            else:
-                factor, groups = factor * along.copies, groups * along.groups
-                sizes.append(polynomial.size((name, along.side), along.channels(length)))
-        polynomial.add(factor / groups, *sizes)
 
 
 def layers_run(model: nn.Module, usage: Usage) -> dict[str, nn.Module]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from obc.model.costs import Costs
-from obc.model.groups import ChannelGroup, Slice
+from obc.model.groups import ChannelGroup
 
 
 class Size(NamedTuple):
@@ -31,19 +31,25 @@ class Polynomial:
     def __init__(self, groups: Sequence[ChannelGroup], unit: str) -> None:
         self._unit, self._names = unit, [group.name for group in groups]
         self._widths = torch.tensor([float(group.size) for group in groups], dtype=torch.float64, device="cpu")
-        self._per_unit: dict[Hashable, Tensor] = {}
+        self._per_unit: dict[tuple[str, int], Tensor] = {}
         self.constant = 0.0
         self.linear = torch.zeros_like(self._widths)
         self.quadratic = torch.zeros(len(groups), len(groups), dtype=torch.float64, device="cpu")
 
-    def place(self, dimension: Hashable, group: int, part: Slice) -> None:
-        """Declare that a slice of the ``group``-th group lies in a dimension of a weight."""
-        per_unit = self._per_unit.setdefault(dimension, torch.zeros_like(self._widths))
-        per_unit[group] += part.channels.shape[1]
+    def place(self, axis: tuple[str, int], group: int, entries: float) -> None:
+        """Declare that each unit of the ``group``-th group has so many entries in an axis: a tensor's dimension."""
+        per_unit = self._per_unit.setdefault(axis, torch.zeros_like(self._widths))
+        per_unit[group] += entries
 
-    def size(self, dimension: Hashable, now: int) -> Size:
-        """The size of a dimension whose present length is ``now``."""
-        per_unit = self._per_unit.get(dimension)
+    def add_tensor(
+        self, factor: float, name: str, tensor: Tensor, skipped: Collection[int] = (), goes_with: int | None = None
+    ) -> None:
+        """Add ``factor`` times the product of a tensor's sizes, but for those of the ``skipped`` dimensions."""
+        sizes = [self._size((name, dim), size) for dim, size in enumerate(tensor.shape) if dim not in skipped]
+        self.add(factor, *sizes, goes_with=goes_with)
+
+    def _size(self, axis: tuple[str, int], now: int) -> Size:
+        per_unit = self._per_unit.get(axis)
         return Size(float(now)) if per_unit is None else Size(now - float(per_unit @ self._widths), per_unit)
 
     def present(self, size: Size) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from obc.model.channel_dims import channel_dims
+from obc.model.channel_dims import dims_of_side
 from obc.model.groups import ChannelGroup, Side, Slice
 from obc.model.kept import Kept, staying
 from obc.model.layouts import is_depthwise
@@ -130,12 +130,8 @@ def block_of(
 
 def layer_axes(name: str, module: nn.Module, side: Side) -> tuple[Axis, ...]:
     """The axes of one side of an ordinary layer: linear, convolution, norm or embedding."""
-    axes: list[Axis] = []
     side = "out" if is_depthwise(module) else side
-    for key, tensor in (*module._parameters.items(), *module._buffers.items()):
-        dims = {} if tensor is None else channel_dims(module, key, tensor, getattr(module, "weight", None)) or {}
-        axes += [Axis(name, key, dim, name, side, raw=False) for dim, one in dims.items() if one.side == side]
-    return tuple(axes)
+    return tuple(Axis(name, key, dim, name, side, raw=False) for key, dim, _ in dims_of_side(module, side))
 
 
 def cut_along(axis: Axis, size: int, removed: Tensor, other: Kept | None = None) -> Kept:

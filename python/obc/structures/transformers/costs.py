@@ -66,12 +66,9 @@ class TransformerCosts:
         polynomial = self._polynomial(unit)
         for own, key, tensor, skipped, factor in _terms(self.model, unit):
             module = self.names[own]
-            name = joined(module, key)
             if unit == "macs" and calibration is not None:
                 factor *= calibration.factors.get(module, 0.0)
-            counted = [dim for dim in range(tensor.dim()) if dim not in skipped]
-            sizes = (polynomial.size((name, dim), tensor.shape[dim]) for dim in counted)
-            polynomial.add(factor, *sizes, goes_with=self._container(module))
+            polynomial.add_tensor(factor, joined(module, key), tensor, skipped, self._container(module))
         if unit == "macs" and calibration is not None:
             present = {self.names[name] for name, one in named_modules(self.model) if not isinstance(one, Skipped)}
             for module, macs in calibration.constant.items():
@@ -86,9 +83,8 @@ class TransformerCosts:
         """Bytes of the saved weights and buffers, tied ones once, and of the key/value cache."""
         polynomial = self._polynomial("bytes")
         for own, key, tensor in distinct_tensors(self.model, buffers=True):
-            full = joined(self.names[own], key)
-            sizes = (polynomial.size((full, dim), size) for dim, size in enumerate(tensor.shape))
-            polynomial.add(use.bytes_each(tensor), *sizes, goes_with=self._container(self.names[own]))
+            name, goes_with = joined(self.names[own], key), self._container(self.names[own])
+            polynomial.add_tensor(use.bytes_each(tensor), name, tensor, goes_with=goes_with)
         per_unit = dict.fromkeys((block.group.name for block in self.blocks), 0.0)
         for layer in cached:
             goes_with, taken = self._container(layer.module), layer.bytes_of_unit(use)
@@ -112,7 +108,7 @@ class TransformerCosts:
         polynomial = Polynomial(self._groups, unit)
         for axis, parts in self.axes.items():
             for index, part in parts:
-                polynomial.place(axis, index, part)
+                polynomial.place(axis, index, part.channels.shape[1])
         return polynomial
 
     def _add_per_unit(self, polynomial: Polynomial, per_block: list[float]) -> None:
