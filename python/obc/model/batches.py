@@ -40,7 +40,11 @@ def usable_in_autograd(batch: Any) -> Any:
     """The batch, with clones of tensors made inside ``torch.inference_mode()``, which autograd does not save."""
     if not any(tensor.is_inference() for tensor in tensors_in(batch)):
         return batch
-    return _map_tensors(batch, lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
+
+    def usable(value: Any) -> Any:
+        return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
+
+    return _map_values(batch, usable, lambda value: False)
 
 
 def samples_in(batch: Any) -> int:
@@ -127,10 +131,6 @@ def parts_of(
     for start in range(begin, samples, size):
         stop = min(start + size, samples)
         yield part_of(batch, start, stop, samples), start, (stop - start) / samples
-
-
-def _map_tensors(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    return _map_values(batch, lambda value: change(value) if isinstance(value, Tensor) else value, lambda value: False)
 
 
 def _map_values(batch: Any, change: Callable[[Any], Any], is_whole: Callable[[Any], bool]) -> Any:

@@ -384,25 +384,27 @@ def part_of(config: Any, path: str) -> Any:
 
 
 def _write_config(model: Any, depth: Depth, compacted: bool) -> None:
-    """Give every module that held the config, or a part of it, the new one."""
     config = getattr(model, "config", None)
     if config is None or not depth.config:
         return
-    new = with_depth(config, depth, compacted)
-    parts = dict(matching_parts(config, new))
-    for module in model.modules():
-        own = vars(module).get("config")
-        if id(own) in parts:
-            module.config = parts[id(own)]
+    put_config(model.modules(), config, with_depth(config, depth, compacted))
 
 
-def matching_parts(old: Any, new: Any) -> Iterable[tuple[int, Any]]:
+def put_config(modules: Iterable[nn.Module], old: Any, new: Any) -> None:
+    """Give every module that holds the old config, or a part of it, the same of the new one."""
+    parts = dict(_matching_parts(old, new))
+    for module in modules:
+        if (own := id(vars(module).get("config"))) in parts:
+            module.config = parts[own]
+
+
+def _matching_parts(old: Any, new: Any) -> Iterable[tuple[int, Any]]:
     """(identity of a config or of a nested one, the same part of the new config)."""
     yield id(old), new
     for key, value in vars(old).items():
         inner = vars(new).get(key)
         if hasattr(value, "to_dict") and hasattr(inner, "to_dict"):
-            yield from matching_parts(value, inner)
+            yield from _matching_parts(value, inner)
 
 
 def config_parts(config: Any, path: str = "") -> Iterable[tuple[str, Any]]:

@@ -8,7 +8,7 @@ name; :func:`dequantize` replaces them by plain layers first.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,7 +127,8 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> list[str]:
     if "" in layers:
         raise PlanError("the model is itself a quantised layer; pass the model that it is part of")
     if layers:
-        _replace(model, layers, dtype or _own_dtype(model))
+        dtype = dtype or _own_dtype(model)
+        put_in_place(model, {module: _plain(name, module, dtype) for name, module in layers.items()})
     _forget_quantisation(model)
     return list(layers)
 
@@ -135,10 +136,6 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> list[str]:
 def is_quantised(module: nn.Module) -> bool:
     """Whether a layer's weight is stored packed."""
     return packed_weight(module) is not None or any(kind.matches(module) for kind in _KINDS.values())
-
-
-def _replace(model: nn.Module, layers: Mapping[str, nn.Module], dtype: torch.dtype) -> None:
-    put_in_place(model, {module: _plain(name, module, dtype) for name, module in layers.items()})
 
 
 def _own_dtype(model: nn.Module) -> torch.dtype:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from obc.model.depth import Depth, matching_parts, overrides_in, part_of, plain_attributes
+from obc.model.depth import Depth, overrides_in, part_of, plain_attributes, put_config
 from obc.structures.transformers.block import Block
 from obc.structures.transformers.layers import says, value_of
 from obc.structures.transformers.weights import BlockWeights
@@ -203,14 +203,11 @@ class ModelConfig:
             new = self._adapted = adapted
         elif config is self._adapted:
             new = with_values(config, blocks, self._unpruned)
-        parts = dict(matching_parts(config, new))
-        readers = {block.reads_config: block for block in blocks if block.reads_config is not None}
-        for name, module in weights.modules.items():
-            if name in readers:
-                block = readers[name]
-                module.config = part_of(new, block.config_part) if adapted is not None else own_config(new, block)
-            elif id(vars(module).get("config")) in parts:
-                module.config = parts[id(module.config)]
+        put_config(weights.modules.values(), config, new)
+        for block in blocks:
+            if block.reads_config is not None and block.reads_config in weights.modules:
+                own = part_of(new, block.config_part) if adapted is not None else own_config(new, block)
+                weights.modules[block.reads_config].config = own
 
 
 def own_config(config: Any, block: Block) -> Any:
