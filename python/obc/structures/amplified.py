@@ -13,14 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from obc.model.groups import ChannelGroup
 from obc.model.names import named_modules
 from obc.model.recurrent import is_recurrent
 from obc.model.rules import Rule, rule_for
 from obc.structures.masking import channels_normalised, lost_channels
-from obc.structures.norm_axis import norm_axis
+from obc.structures.norm_axis import norm_axis, norm_channels
 from obc.structures.probing import each_tensor
 
 # Sizes of the removed channels in units of the others, or of 1 if those are smaller. The first changes even a
@@ -52,12 +51,10 @@ def amplify(masked: nn.Module, groups: Sequence[ChannelGroup], removed: Mapping[
 
 def _written(module: nn.Module) -> tuple[int, int] | None:
     """(channels, their dimension) of a module's output; None where it is not known."""
-    if isinstance(module, _NormBase):
-        return module.num_features, 1
     if is_recurrent(module):
         return module.hidden_size, -1
-    if (over_channels := channels_normalised(module)) is not None:
-        return over_channels
+    if (found := norm_channels(module)) is not None:
+        return found
     rule = rule_for(module)
     if not isinstance(rule, Rule) or rule.out_dim is None or rule.packed:
         return None

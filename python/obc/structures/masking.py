@@ -39,7 +39,7 @@ from obc.model.recurrent import is_recurrent
 from obc.model.rules import Rule, rule_for
 from obc.model.shared_copy import Uses, parameter_uses, replace_parameter, shared_copy
 from obc.model.slicing import sliced
-from obc.structures.norm_axis import norm_axis
+from obc.structures.norm_axis import norm_axis, norm_channels
 
 Lost = dict[tuple[str, Side], Tensor]
 # Each channel has statistics of its own, or there are none.
@@ -219,15 +219,7 @@ def _mask_attention(uses: Uses, module: nn.MultiheadAttention, channels: Tensor)
 
 def channels_normalised(module: nn.Module) -> tuple[int, int] | None:
     """(channels, their dimension) of a norm over channels; None for other modules."""
-    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-        return module.normalized_shape[-1], -1
-    if isinstance(module, nn.GroupNorm):
-        return module.num_channels, 1
-    rule = rule_for(module)
-    if not isinstance(rule, Rule) or not rule.elementwise or isinstance(module, _PER_CHANNEL):
-        return None
-    assert rule.out_dim is not None
-    return getattr(module, rule.weight).shape[-1], rule.out_dim
+    return None if isinstance(module, _PER_CHANNEL) else norm_channels(module)
 
 
 def _normalise_kept(module: nn.Module, size: int, dim: int, channels: Tensor) -> None:

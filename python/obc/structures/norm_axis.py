@@ -9,9 +9,25 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from obc.model.evaluation import first_floating
+from obc.model.layouts import held_width
+from obc.model.rules import Rule, rule_for
+
+
+def norm_channels(module: nn.Module) -> tuple[int, int] | None:
+    """(channels, their usual dimension) of a norm, or of another module with a weight for each channel; else None."""
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        return module.normalized_shape[-1], -1
+    if isinstance(module, (_NormBase, nn.GroupNorm)):
+        return held_width(module) or 0, 1
+    rule = rule_for(module)
+    if not isinstance(rule, Rule) or not rule.elementwise or rule.out_dim is None:
+        return None
+    size = getattr(module, rule.weight).shape[-1]
+    return (size, rule.out_dim) if size > 1 else None  # else one scale of all channels
 
 
 class NormAxisError(ValueError):

@@ -27,7 +27,7 @@ from obc.model.recurrent import is_recurrent
 from obc.model.rules import Rule, rule_for
 from obc.model.shared_copy import shared_copy
 from obc.structures.comparison import run_alike
-from obc.structures.norm_axis import norm_axis
+from obc.structures.norm_axis import norm_axis, norm_channels
 from obc.structures.reaching import unchanged_buffers
 
 
@@ -192,16 +192,9 @@ def _channels_read(module: nn.Module) -> tuple[int, int | None] | None:
         assert isinstance(rule, Rule)
         assert rule.in_dim is not None
         return rule.in_dim, None
-    if isinstance(module, _NormBase):
-        return 1, module.num_features
-    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-        return (-1, module.normalized_shape[-1]) if len(module.normalized_shape) == 1 else None
-    if isinstance(module, nn.GroupNorm):
-        return 1, module.num_channels
-    if isinstance(rule, Rule) and rule.elementwise and rule.out_dim is not None:
-        size = getattr(module, rule.weight).shape[-1]
-        return (rule.out_dim, size) if size > 1 else None
-    return None
+    found = norm_channels(module)
+    over_several = isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and len(module.normalized_shape) > 1
+    return None if found is None or over_several else (found[1], found[0])
 
 
 def sums(x: Tensor, dim: int) -> Tensor:
