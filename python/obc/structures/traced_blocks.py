@@ -73,7 +73,7 @@ def _dims_of(block: Block) -> dict[str, int] | None:
     """Parameter outside layers -> its dimension of channels; None if a slice lies in several tensors."""
     dims = {}
     for (name, _), axes in block.axes.items():
-        if len(axes) != 1 or axes[0].key != name or axes[0].slot != "out":
+        if len(axes) != 1 or axes[0].key != name or axes[0].side != "out":
             return None
         dims[name] = axes[0].dim
     return dims

@@ -12,6 +12,7 @@ from obc.model.channel_dims import dims_of_side
 from obc.model.groups import ChannelGroup, Side, Slice
 from obc.model.kept import Kept, staying
 from obc.model.layouts import is_depthwise
+from obc.model.names import joined
 from obc.structures.transformers.layers import Counter, Layers
 from obc.structures.units import NotPrunableError
 
@@ -24,17 +25,25 @@ class Axis:
         module: name of the module that owns the tensor.
         tensor: name of the tensor in the module.
         dim: the dimension.
-        key: the plan's key for it.
-        slot: the side of the plan's entry.
+        side: the side of the plan's entry.
         raw: the tensor is not an ordinary layer's, so the plan's entry names the dimension.
     """
 
     module: str
     tensor: str
     dim: int
-    key: str
-    slot: Side
+    side: Side = "out"
     raw: bool = True
+
+    @property
+    def name(self) -> str:
+        """The tensor's name in the model."""
+        return joined(self.module, self.tensor)
+
+    @property
+    def key(self) -> str:
+        """The plan's key for it."""
+        return self.name if self.raw else self.module
 
 
 @dataclass(frozen=True)
@@ -117,7 +126,7 @@ def block_of(
         owner, _, key = name.rpartition(".")
         tensor = (layers.modules[owner]._parameters | layers.modules[owner]._buffers).get(key)
         taken.append((name, "out", found, None if tensor is None else tensor.shape[dim]))
-        axes[name, "out"] = (Axis(owner, key, dim, name, "out"),)
+        axes[name, "out"] = (Axis(owner, key, dim),)
     for name, found in consumed.items():
         taken.append((name, "in", found, layers.size_or_none(name, "in")))
     for name, side, found, size in taken:
@@ -131,20 +140,15 @@ def block_of(
 def layer_axes(name: str, module: nn.Module, side: Side) -> tuple[Axis, ...]:
     """The axes of one side of an ordinary layer: linear, convolution, norm or embedding."""
     side = "out" if is_depthwise(module) else side
-    return tuple(Axis(name, key, dim, name, side, raw=False) for key, dim, _ in dims_of_side(module, side))
+    return tuple(Axis(name, key, dim, side, raw=False) for key, dim, _ in dims_of_side(module, side))
 
 
 def cut_along(axis: Axis, size: int, removed: Tensor, other: Kept | None = None) -> Kept:
     """The plan's entry that removes these positions of an axis of this size; ``other`` says the other side."""
     stays, dim = staying(size, removed), axis.dim if axis.raw else None
-    if axis.slot == "out":
+    if axis.side == "out":
         return replace(other or Kept(), out_channels=stays, out_size=size, dim=dim)
     return replace(other or Kept(), in_channels=stays, in_size=size, in_dim=dim)
-
-
-def axis_key(axis: Axis) -> tuple[str, int]:
-    """(parameter name, dimension), equal for axes that lie in the same dimension."""
-    return f"{axis.module}.{axis.tensor}" if axis.module else axis.tensor, axis.dim
 
 
 def count_down(modules: Mapping[str, nn.Module], block: Block, units: int) -> list[tuple[str, str, int | list[int]]]:

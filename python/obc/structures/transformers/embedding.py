@@ -73,7 +73,7 @@ def _stream(
         for key, parameter in module.named_parameters(recurse=False):
             full = joined(name, key)
             if key not in ("weight", "bias") and parameter.dim() > 1 and parameter.shape[-1] == hidden:
-                axes[full, "out"] = (Axis(name, key, parameter.dim() - 1, full, "out"),)
+                axes[full, "out"] = (Axis(name, key, parameter.dim() - 1),)
                 slices.append(Slice(full, "out", one))
     return slices, axes
 

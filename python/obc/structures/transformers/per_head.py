@@ -97,7 +97,7 @@ def by_length(layers: Layers, name: str, known: Collection[str], count: int, siz
                 for side, width in _sides(layers, owner, count, size):
                     found[owner, side] = PerHead(owner, None, "queries", width, side)
             elif (place := _dimension(full, tensor, count, size)) is not None:
-                found[full, "out"] = PerHead(full, (_axis(owner, key, place[0]),), "queries", place[1])
+                found[full, "out"] = PerHead(full, (Axis(owner, key, place[0]),), "queries", place[1])
     return list(found.values())
 
 
@@ -155,7 +155,7 @@ def _norms(layers: Layers, name: str, counts: Mapping[HeadsOf, int], size: int) 
         for key, parameter in norm._parameters.items():  # Chameleon, vit-pytorch: each head has its own weights
             shape = () if parameter is None else parameter.shape
             if len(shape) > 1 and shape[0] == count and math.prod(shape) == count * size:
-                yield PerHead(joined(full, key), (_axis(full, key, 0),), heads_of, 1)
+                yield PerHead(joined(full, key), (Axis(full, key, 0),), heads_of, 1)
 
 
 def is_attention(layers: Layers, name: str) -> bool:
@@ -186,8 +186,4 @@ def _parameters(layers: Layers, name: str, count: int, size: int) -> Iterator[Pe
                 continue
             width, rest = divmod(parameter.shape[dim], count)
             if not rest and width in (1, size):
-                yield PerHead(joined(owner, key), (_axis(owner, key, dim),), "queries", width)
-
-
-def _axis(module: str, tensor: str, dim: int) -> Axis:
-    return Axis(module, tensor, dim, joined(module, tensor), "out")
+                yield PerHead(joined(owner, key), (Axis(owner, key, dim),), "queries", width)

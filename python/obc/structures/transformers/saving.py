@@ -277,7 +277,7 @@ def _units_kept(structure: TransformersStructure, block: Block, plan: Mapping[st
     for part in block.group.slices:
         axis = structure.weights.axes(block, part)[0]
         kept = plan.get(axis.key)
-        channels = None if kept is None else kept.out_channels if axis.slot == "out" else kept.in_channels
+        channels = None if kept is None else kept.out_channels if axis.side == "out" else kept.in_channels
         if channels is None:
             return None  # it lost no units; another kind of group narrowed what they share
         # Channels in no unit all stay: keys and values that all query heads share, in a fused projection.

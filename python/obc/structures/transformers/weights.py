@@ -12,7 +12,7 @@ from obc.model.depth import put_stand_in
 from obc.model.groups import Slice
 from obc.model.kept import Kept
 from obc.structures.masking import lost_channels
-from obc.structures.transformers.block import Axis, Block, axis_key, count_down, cut_along, layer_axes
+from obc.structures.transformers.block import Axis, Block, count_down, cut_along, layer_axes
 from obc.structures.transformers.depth import DepthUnit
 from obc.structures.units import group_left
 
@@ -50,7 +50,7 @@ class BlockWeights:
         for index, block in enumerate(self.blocks.values()):
             for part in block.group.slices:
                 for axis in self.axes(block, part):
-                    axes.setdefault(axis_key(axis), []).append((index, part))
+                    axes.setdefault((axis.name, axis.dim), []).append((index, part))
         return axes
 
     def remove(self, chosen: Mapping[str, Tensor]) -> None:

@@ -119,8 +119,7 @@ class _Trial:
             for part in block.group.slices:
                 channels = (block.group.size - width) * part.channels.shape[1]
                 for axis in self.axes_of(block, part):
-                    own = f"{axis.module}.{axis.tensor}" if axis.module else axis.tensor
-                    for tensor in self.names[id(self.parameters[own])]:
+                    for tensor in self.names[id(self.parameters[axis.name])]:
                         lost[tensor, axis.dim] = channels
         shapes: dict[str, list[int]] = {}
         for (tensor, dim), channels in lost.items():

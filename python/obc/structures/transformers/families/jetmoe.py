@@ -55,11 +55,7 @@ def _experts(layers: Layers, name: str) -> tuple[Tensor, Tensor] | None:
 
 def _axes(up: str, down: str) -> dict[tuple[str, Side], tuple[Axis, ...]]:
     """The inner channels of all experts: outputs of one weight, inputs of the other."""
-    first, second = f"{up}.weight", f"{down}.weight"
-    return {
-        (first, "out"): (Axis(up, "weight", 1, first, "out"),),
-        (down, "in"): (Axis(down, "weight", 2, second, "in"),),
-    }
+    return {(f"{up}.weight", "out"): (Axis(up, "weight", 1),), (down, "in"): (Axis(down, "weight", 2, "in"),)}
 
 
 def _heads(layers: Layers, name: str) -> Block:
@@ -115,7 +111,7 @@ def _whole_experts(layers: Layers, name: str, count: int) -> Block:
     if layers.size(router, "out") != count:
         raise NotPrunableError(f"{router} has no row for each of {count} experts")
     one = channels(count, 1)
-    places = (Axis(up, "weight", 0, f"{up}.weight", "in"), Axis(down, "weight", 0, f"{down}.weight", "out"))
+    places = (Axis(up, "weight", 0, "in"), Axis(down, "weight", 0))
     holders = [name, joined(name, "router"), up, down]
     top = getattr(layers.modules[joined(name, "router")], "top_k", 1)
     return Block(

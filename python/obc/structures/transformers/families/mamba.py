@@ -86,7 +86,7 @@ def _heads(layers: Layers, name: str, kinds: Collection[str]) -> Iterator[Block]
         counters += layers.counters([joined(name, "norm")], {("group_size",): (width // groups, size)})
     yield Block(
         ChannelGroup(in_proj, (*slices, Slice(out_proj, "in", wide)), "mixer_heads"),
-        axes={(joined(name, key), "out"): (Axis(name, key, 0, joined(name, key), "out"),) for key in _OF_HEADS},
+        axes={(joined(name, key), "out"): (Axis(name, key, 0),) for key in _OF_HEADS},
         counters=counters,
         config=_config(layers, heads, groups, size),
     )

@@ -92,14 +92,14 @@ def _stored(module: nn.Module, up: Tensor, down: Tensor) -> _Stored:
 
 
 def _inner_channels(layers: Layers, name: str, stored: _Stored) -> Block:
-    up, down = joined(name, stored.up_name), joined(name, DOWN)
+    up = joined(name, stored.up_name)
     slices = (Slice(up, "out", stored.up), Slice(name, "in", channels(stored.width, 1)))
-    up_axes = [Axis(name, stored.up_name, stored.up_dim, up, "out")]
+    up_axes = [Axis(name, stored.up_name, stored.up_dim)]
     if (bias := f"{stored.up_name}_bias") in stored.biases:
-        up_axes.append(Axis(name, bias, 1, joined(name, bias), "out"))
+        up_axes.append(Axis(name, bias, 1))
     return Block(
         ChannelGroup(up, slices, "expert_ffn"),
-        axes={(up, "out"): tuple(up_axes), (name, "in"): (Axis(name, DOWN, stored.down_dim, down, "in"),)},
+        axes={(up, "out"): tuple(up_axes), (name, "in"): (Axis(name, DOWN, stored.down_dim, "in"),)},
         counters=layers.counters([name], {(*attributes("inner_width"), "expert_dim"): (stored.width, 1)}),
         config=layers.config_key((*config_keys("expert_width"), "intermediate_size"), 1),
     )
@@ -136,21 +136,16 @@ def _whole_experts(layers: Layers, name: str, stored: _Stored) -> Block:
         raise NotPrunableError(
             f"to how many experts {router.name} sends a token is not known, so neither is how many must stay"
         )
-    up, down = joined(name, stored.up_name), joined(name, DOWN)
-    biases = [Axis(name, key, 0, joined(name, key), "in") for key in stored.biases]
-    axes: dict[tuple[str, Side], tuple[Axis, ...]] = {
-        (name, "out"): (Axis(name, stored.up_name, 0, up, "in"), Axis(name, DOWN, 0, down, "out"), *biases)
-    }
+    inputs = [Axis(name, key, 0, "in") for key in (stored.up_name, *stored.biases)]
+    axes: dict[tuple[str, Side], tuple[Axis, ...]] = {(name, "out"): (inputs[0], Axis(name, DOWN, 0), *inputs[1:])}
     module, one = layers.modules[router.logits], channels(count // router.groups, 1, router.groups)
     if layout_of(module) is None:
         keys = [key for key in ("weight", "bias") if getattr(module, key, None) is not None]
-        axes[router.logits, "out"] = tuple(
-            Axis(router.logits, key, 0, joined(router.logits, key), "out") for key in keys
-        )
+        axes[router.logits, "out"] = tuple(Axis(router.logits, key, 0) for key in keys)
     slices = [Slice(router.logits, "out", one)]
     for owner, key, dim in router.others:
         full = joined(owner, key)
-        axes[full, "out"] = (Axis(owner, key, dim, full, "out"),)
+        axes[full, "out"] = (Axis(owner, key, dim),)
         slices.append(Slice(full, "out", one))
     holders = dict.fromkeys((name, router.name, router.logits, parent))
     counted = {attributes("experts"): (count, router.groups)}

@@ -83,7 +83,7 @@ def _tables(layers: Layers, stack: list[str], count: int) -> list[tuple[Slice, t
         if table is None or table.shape[-1] != count:
             continue
         name = joined(owner, _TABLE)
-        axes = () if layers.has(owner, _TABLE) else (Axis(owner, _TABLE, table.dim() - 1, name, "out"),)
+        axes = () if layers.has(owner, _TABLE) else (Axis(owner, _TABLE, table.dim() - 1),)
         found.append((Slice(name, "out", channels(count, 1)), axes))
     return found
 
