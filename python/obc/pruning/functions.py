@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -54,7 +53,10 @@ class Functions:
         if loss_fn is None:
             forward_fn = forward_fn or call_on_batch
         loss_fn, forward_fn = _as_here(loss_fn), _as_here(forward_fn)
-        forward = _forward(loss_fn, forward_fn, labels)
+        forward = forward_fn
+        if forward is None:
+            assert loss_fn is not None
+            forward = _outputs_inside(loss_fn) if labels else loss_fn
         one_of("rows", rows, get_args(RowKind))
         if not labels:
             loss: LossFn = label_free_loss(forward, rows=rows, seed=seed)
@@ -87,13 +89,6 @@ class Functions:
 def _as_here(function: Function) -> Function:
     """``function`` under the present autocast, with calls of layers in place of functional uses."""
     return calling_layers(in_present_autocast(function))
-
-
-def _forward(loss_fn: Callable[..., Any] | None, forward_fn: ForwardFn | None, labels: bool) -> ForwardFn:
-    if forward_fn is not None:
-        return forward_fn
-    assert loss_fn is not None
-    return _outputs_inside(loss_fn) if labels else loss_fn
 
 
 def _outputs_inside(loss_fn: LossFn) -> ForwardFn:

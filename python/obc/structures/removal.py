@@ -52,14 +52,11 @@ def size_of(module: nn.Module, side: str) -> int:
         return int(module.embed_dim) * (3 if side == "out" else 1)
     if is_recurrent(module):
         return module.hidden_size if side == "out" else module.input_size
-    layout, weight = layout_of(module), getattr(module, "weight", None)
-    if layout is not None:
-        assert isinstance(weight, Tensor)
-        return weight.shape[0] if is_depthwise(module) else layout.sizes(weight)[0 if side == "out" else 1]
     if (width := held_width(module)) is not None:
         return width
+    layout, weight = layout_of(module), getattr(module, "weight", None)
     assert isinstance(weight, Tensor)
-    return weight.shape[-1]
+    return weight.shape[-1] if layout is None else layout.sizes(weight)[0 if side == "out" else 1]
 
 
 def refuse_untied(model: nn.Module, shared: Sequence[Sequence[str]], step: Mapping[str, Kept]) -> None:
