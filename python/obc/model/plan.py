@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from obc.files import atomic_write, built, read_fields
 from obc.model.arguments import instance
+from obc.model.counts import count_of, set_count
 from obc.model.cutting import cut
 from obc.model.depth import (
     Depth,
@@ -55,7 +56,7 @@ class PruningPlan(Mapping[str, Kept]):
         kept: name -> what was kept.
         depth: the removed blocks and branches.
         counts: module -> attribute -> its value in the pruned model: an integer that counts channels or heads, or
-            several, of which some do.
+            several, of which some do. ``"config.n_head"`` is one in the module's config.
     """
 
     def __init__(
@@ -235,9 +236,9 @@ class PruningPlan(Mapping[str, Kept]):
         >>> obc.PruningPlan.load("plan.json").apply(model).load_state_dict(pruned_state_dict)
 
         Sizes of torch's own layers are updated, the counts of heads and experts in models of the transformers library,
-        the counts of heads in other attentions that obc recognises, and the integers in your own modules that the plan
-        has in ``counts``. Set others yourself, such as counts in a config object. Layers that share a parameter must
-        keep the same of it. Which layers read each other a plan does not say, and the model is not run: run one that
+        the counts of heads in other attentions that obc recognises, and the integers in your own modules, and in their
+        configs, that the plan has in ``counts``. Set others yourself. Layers that share a parameter must keep the same
+        of it. Which layers read each other a plan does not say, and the model is not run: run one that
         was edited by hand on a batch afterwards.
 
         Returns:
@@ -253,7 +254,7 @@ class PruningPlan(Mapping[str, Kept]):
         counts = [count for find in (*_COUNTS, _own_counts) for count in find(model, self)]
         cut(model, self)
         for owner, attribute, value in counts:
-            setattr(owner, attribute, value)
+            set_count(owner, attribute, value)
         for name, stand_in in self.depth.stand_ins.items():
             put_stand_in(model, name, stand_in)
         compact(model, self.depth)
@@ -343,7 +344,7 @@ def _own_counts(model: nn.Module, plan: PruningPlan) -> list[tuple[Any, str, Any
     modules, counts = dict(model.named_modules()), list[tuple[Any, str, Any]]()
     for name, values in plan.counts.items():
         for attribute, value in values.items():
-            before: Any = vars(modules.get(name, object)).get(attribute)
+            before = count_of(modules.get(name), attribute)
             if isinstance(value, list) and type(before) in (list, tuple) and len(before) == len(value):
                 counts.append((modules[name], attribute, type(before)(value)))
             elif isinstance(value, list) or type(before) is not int:

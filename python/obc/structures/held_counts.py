@@ -8,8 +8,9 @@ attributes as possible change, and the proof decides.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ from obc.structures.transformers.layers import Counter
 
 # Of the attributes that may count, and of the choices among them with which a model runs.
 _MOST_COUNTS, _MOST_CHOICES = 5, 3
+
+_MODULE = frozenset(vars(nn.Module()))  # hooks, parameters, children
 
 # Module -> attribute -> the counts that it holds: one, or several in a list or tuple.
 Held = dict[str, dict[str, Any]]
@@ -51,13 +54,55 @@ def counts_read(model: nn.Module, run: Run) -> Held:
 
 
 def _noting(name: str, found: Held) -> Any:
+    configs = dict[str, Any]()
+
+    def noted(path: str, value: Any, own: bool) -> Any:
+        """The value, of a config a copy that notes what is read of it; ``own``: whether it lies in the holder."""
+        if own and _counts(value):
+            found.setdefault(name, {})[path] = value
+        elif own and _holds_more(value) and path not in configs:
+            configs[path] = watched(value, path)
+        return configs.get(path, value) if own else value
+
+    def watched(config: Any, path: str) -> Any:
+        kind, read = type(config), partial(_inside, noted, path)
+        lookups = {"__getitem__": read(kind.__getitem__), "get": read(kind.get)} if isinstance(config, dict) else {}
+        copied = kind.__new__(
+            type(kind.__name__, (kind,), {"__getattribute__": read(kind.__getattribute__), **lookups})
+        )
+        if isinstance(config, dict):
+            dict.update(copied, config)
+        if hasattr(config, "__dict__"):
+            vars(copied).update(vars(config))
+        return copied
+
     def noting(module: nn.Module, key: str) -> Any:
         value = object.__getattribute__(module, key)
-        if not key.startswith("__") and _counts(value) and key in object.__getattribute__(module, "__dict__"):
-            found.setdefault(name, {})[key] = value
-        return value
+        own = key[:2] != "__" and key not in _MODULE and key in object.__getattribute__(module, "__dict__")
+        return noted(key, value, own)
 
     return noting
+
+
+def _inside(noted: Any, path: str, lookup: Any) -> Any:
+    """A lookup in a config or dict that notes the counts that it finds."""
+
+    def inside(config: Any, key: Any, *default: Any) -> Any:
+        value = lookup(config, key, *default)
+        if not isinstance(key, str) or key[:2] == "__" or "." in key:  # isinstance looks __class__ up
+            return value
+        own = key in (dict.keys(config) if isinstance(config, dict) else vars(config))
+        return noted(f"{path}.{key}", value, own)
+
+    return inside
+
+
+def _holds_more(value: Any) -> bool:
+    """Whether a value is a dict, or an object with attributes that no other library than the model's own made."""
+    if isinstance(value, dict):
+        return True
+    outside = isinstance(value, (nn.Module, Tensor, type, Callable)) or type(value).__module__.startswith("torch")
+    return hasattr(value, "__dict__") and not outside
 
 
 def _counts(value: Any) -> bool:
@@ -76,7 +121,7 @@ def with_counts(structure: Extensible, blocks: Iterator[Block], held: Held, run:
 def counted(structure: Extensible, block: Block, held: Held, run: Run) -> Iterator[Block]:
     """The block with further counts that follow its units.
 
-    Without half of the units the model runs with these counts, and does not return what it returns without them.
+    Without half of the units the model runs with these counts, and does not return what it returns with fewer of them.
 
     Args:
         structure: has the model; it does not have the block's group.
@@ -89,19 +134,24 @@ def counted(structure: Extensible, block: Block, held: Held, run: Run) -> Iterat
         name: {key: value for key, value in counts.items() if (name, key) not in known} for name, counts in held.items()
     }
     widths, numbers = _following(dict(named_modules(structure.model)), group, unknown)
-    found, enough = [*numbers, *widths][:_MOST_COUNTS], list[set[int]]()
+    found, seen = [*numbers, *widths][:_MOST_COUNTS], list[tuple[set[int], list[Tensor]]]()
     without = _outputs(structure, block, run) if found else None
     for places in itertools.chain(*(itertools.combinations(range(len(found)), n) for n in range(1, len(found) + 1))):
-        if len(enough) == _MOST_CHOICES or any(fewer.issubset(places) for fewer in enough):
-            continue
+        if len(seen) == _MOST_CHOICES:
+            return
         chosen = [found[place] for place in places]
         heads = any(one in numbers for one in chosen) and group.slices[0].channels.shape[1] > 1
         counters = (*block.counters, *itertools.chain(*chosen))
         tried = replace(block, group=replace(group, kind="heads") if heads else group, counters=counters)
         outputs = _outputs(structure, tried, run)
-        if outputs is not None and (without is None or not all(map(torch.equal, outputs, without))):
-            enough.append(set(places))
+        fewer = [[] if without is None else without, *(other for part, other in seen if part.issubset(places))]
+        if outputs is not None and not any(_equal(outputs, other) for other in fewer):
+            seen.append((set(places), outputs))
             yield tried
+
+
+def _equal(outputs: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    return len(outputs) == len(others) and all(map(torch.equal, outputs, others))
 
 
 def _following(

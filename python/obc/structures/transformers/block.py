@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from obc.model.channel_dims import dims_of_side
+from obc.model.counts import set_count
 from obc.model.groups import ChannelGroup, Side, Slice
 from obc.model.kept import Kept, staying
 from obc.model.layouts import is_depthwise
@@ -161,7 +162,7 @@ def count_down(modules: Mapping[str, nn.Module], block: Block, units: int) -> li
     for counter in block.counters:
         module = modules[counter.module]
         for attribute, value in counter.without(module, units).items():
-            setattr(module, attribute, value)
+            set_count(module, attribute, value)
             if not counter.axis:
                 numbers.append((counter.module, attribute, value if isinstance(value, int) else list(value)))
     return numbers

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from obc.model.counts import count_of
 from obc.model.depth import config_parts
 from obc.model.layouts import layer_of, layout_of
 from obc.model.names import joined, named_modules, outwards
@@ -21,6 +22,7 @@ class Counter:
     """A module's attribute that counts ``per_unit`` for every unit of a group.
 
     Attributes:
+        attribute: its name, or a path (:mod:`obc.model.counts`).
         axis: if the attribute is einops' mapping of axes to lengths, the axis that counts.
         place: if the attribute is a list or tuple of counts, the place of this one.
     """
@@ -33,7 +35,7 @@ class Counter:
 
     def without(self, module: nn.Module, units: int) -> dict[str, Any]:
         """The attributes of the module, and their values once so many units are gone."""
-        before, gone = getattr(module, self.attribute), self.per_unit * units
+        before, gone = count_of(module, self.attribute), self.per_unit * units
         if self.place is not None:
             return {self.attribute: type(before)(n - gone * (place == self.place) for place, n in enumerate(before))}
         if not self.axis:
