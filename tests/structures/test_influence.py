@@ -188,7 +188,7 @@ def test_reasons_are_true_of_the_model() -> None:
     assert reason(recurrent) == "'cell' (GRU) reads its channels"
     assert changes(recurrent, "first", [0], x, "cell").any()
 
-    raw = before(lambda net, y: F.linear(y.relu(), net.matrix).relu(), matrix=nn.Parameter(torch.randn(8, 8))).double()
+    raw = before(lambda net, y: F.bilinear(y, y, net.matrix).relu(), matrix=nn.Parameter(torch.randn(8, 8, 8))).double()
     assert reason(raw) == "a product outside layers with 'matrix' reads its channels"
     assert isinstance(raw.matrix, nn.Parameter)
 

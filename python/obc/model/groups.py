@@ -41,11 +41,13 @@ class Slice:
         module: the layer's name.
         side: "out": rows of its weight and entries of its bias. "in": columns.
         channels: (units, k) int64: the k channels on that side that go with each unit.
+        dim: of a tensor outside layers the dimension of these channels.
     """
 
     module: str
     side: Side
     channels: Tensor
+    dim: int | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,7 +18,8 @@ from obc.model.groups import ChannelGroup
 from obc.model.names import named_modules
 from obc.model.recurrent import is_recurrent
 from obc.model.rules import Rule, rule_for
-from obc.structures.masking import channels_normalised, lost_channels
+from obc.model.shared_copy import parameter_uses
+from obc.structures.masking import channels_normalised, lost_channels, multiply_along
 from obc.structures.norm_axis import norm_axis, norm_channels
 from obc.structures.probing import each_tensor
 
@@ -29,6 +30,8 @@ SIZES = (1e4, 30.0)
 
 def amplify(masked: nn.Module, groups: Sequence[ChannelGroup], removed: Mapping[str, Tensor], size: float) -> None:
     """Let the layers and norms of ``masked`` return large numbers of both signs in these units' channels.
+
+    Of weights outside layers, the entries that make these channels are made large.
 
     Layers whose weights are used without calling them return what they did. So do routers, whose removed experts have a
     logit of minus infinity already.
@@ -47,6 +50,14 @@ def amplify(masked: nn.Module, groups: Sequence[ChannelGroup], removed: Mapping[
             enlarge = _enlarge(channels, *written, size)
             hook = _in_each_direction(*written, enlarge) if is_recurrent(module) else enlarge
             module.register_forward_hook(hook, with_kwargs=True)
+    uses = parameter_uses(masked.modules())
+    for group in widening:
+        for part in group.slices if group.name in removed else ():
+            owner, _, key = part.module.rpartition(".")
+            shape = () if part.dim is None else getattr(modules[owner], key).shape
+            if part.side == "out" and part.module not in zero and sum(length > 1 for length in shape) > 1:
+                gone = part.channels[removed[group.name].cpu()].flatten()
+                multiply_along(uses, modules, part.module, part.dim, gone, size)  # type: ignore[arg-type]
 
 
 def _written(module: nn.Module) -> tuple[int, int] | None:

@@ -126,6 +126,8 @@ def observe(model: nn.Module, run: Run, lost: Mapping[str, Tensor] | None = None
     with hooked(handles):
         returned = run_alike(model, watched)
     seen.outputs = [tensor.detach() for tensor in returned if tensor.is_floating_point()]
+    if not seen.calls:  # all weights lie outside layers
+        seen.rounding = max((_rounding(tensor) for tensor in seen.outputs), default=0.0)
     return seen
 
 

@@ -8,7 +8,7 @@ attributes as possible change, and the proof decides.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -65,7 +65,8 @@ def _noting(name: str, found: Held) -> Any:
         return configs.get(path, value) if own else value
 
     def watched(config: Any, path: str) -> Any:
-        kind, read = type(config), partial(_inside, noted, path)
+        kind: Any = type(config)
+        read = partial(_inside, noted, path)
         lookups = {"__getitem__": read(kind.__getitem__), "get": read(kind.get)} if isinstance(config, dict) else {}
         copied = kind.__new__(
             type(kind.__name__, (kind,), {"__getattribute__": read(kind.__getattribute__), **lookups})
@@ -101,7 +102,7 @@ def _holds_more(value: Any) -> bool:
     """Whether a value is a dict, or an object with attributes that no other library than the model's own made."""
     if isinstance(value, dict):
         return True
-    outside = isinstance(value, (nn.Module, Tensor, type, Callable)) or type(value).__module__.startswith("torch")
+    outside = isinstance(value, Tensor) or callable(value) or type(value).__module__.startswith("torch")
     return hasattr(value, "__dict__") and not outside
 
 

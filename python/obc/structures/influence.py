@@ -23,12 +23,14 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from obc.model.evaluation import Run, tensors_in
+from obc.model.groups import Side
 from obc.model.layouts import is_depthwise
 from obc.model.names import joined, named_modules
 from obc.model.recurrent import is_recurrent
 from obc.model.shared_copy import parameter_uses, replace_parameter
 from obc.structures.influence_sets import change, usual_passes, with_bit
 from obc.structures.probing import Prober, changed, pattern, sums
+from obc.structures.weight_products import WeightProducts
 
 # Size and sign of the invented numbers: a ReLU, a threshold or an activation that saturates hides some. What an input
 # notices for any of them counts.
@@ -56,12 +58,14 @@ class Source:
         size: number of channels.
         parameter: name of the parameter or buffer whose entries are changed; None for a layer, whose output is.
         dim: the parameter's dimension of channels.
+        side: "in" if they are channels that products read along this dimension.
     """
 
     name: str
     size: int
     parameter: str | None = None
     dim: int = 0
+    side: Side = "out"
 
 
 @dataclass
@@ -85,7 +89,25 @@ class TooManyPassesError(RuntimeError):
     """Finding out would take too many forward passes; the message says how many."""
 
 
-def influences(model: nn.Module, run: Run, sources: Mapping[str, Source]) -> tuple[dict[str, Influence], int]:
+def weight_products(model: nn.Module, run: Run, rank: int) -> WeightProducts:
+    """The products with weights that no layer is called for, and which channels their weights have."""
+    products = WeightProducts(rank)
+    prober, products.learning = Prober(model, run, products), True
+    prober.read({})
+    names = dict.fromkeys(name for one in products.found for name in one.weights)
+    tensors = {**dict(prober.model.named_parameters()), **dict(prober.model.named_buffers())}
+    for name in names:
+        for dim, size in enumerate(tensors[name].shape):
+            if size > 1:
+                half = torch.arange(size, device="cpu") < size // 2
+                _read(prober, {name: Source(name, size, name, dim)}, {name: half})
+    products.learning = False
+    return products
+
+
+def influences(
+    model: nn.Module, run: Run, sources: Mapping[str, Source], products: WeightProducts | None = None
+) -> tuple[dict[str, Influence], int]:
     """(key of each source -> its influence, number of forward passes).
 
     Where all sources would take more than 6000 passes, only those are examined that share their passes with others.
@@ -95,15 +117,15 @@ def influences(model: nn.Module, run: Run, sources: Mapping[str, Source]) -> tup
     """
     if len(_KINDS) * len(sources) > _MOST_IN_ALL:
         raise TooManyPassesError(_TOO_MANY.format(f"up to {len(_KINDS) * len(sources)}"))
-    prober = Prober(model, run)
+    prober = Prober(model, run, products)
     found, noticed = _reached(prober, sources)
-    sets = [{key: sources[key] for key in keys} for keys in _together(found)]
+    sets = [{key: sources[key] for key in keys} for keys in _together(prober, found)]
     at_once = len(sources) + 2 * len(_KINDS) * (max((one.size for one in sources.values()), default=1)).bit_length()
     told: set[str] = set()
     if len(sets) > 1 and prober.passes + at_once <= _MOST_IN_ALL:
         told = _tell_at_once(prober, sources, noticed, found)
         left = {key: one for key, one in found.items() if key not in told}
-        sets = [{key: sources[key] for key in keys} for keys in _together(left)]
+        sets = [{key: sources[key] for key in keys} for keys in _together(prober, left)]
     passes = [len(_KINDS) * usual_passes(_sizes(one)) for one in sets]
     takes = f"more than {_MOST_IN_ALL}"
     if sum(passes) > _MOST_IN_ALL:
@@ -178,7 +200,7 @@ def _tell_at_once(
     for key, source in ((key, sources[key]) for key, one in found.items() if one.inputs):
         now = changed(before, _read(prober, sources, {key: torch.arange(source.size, device="cpu") % 2 == 1}))
         mixed = any(name in now and 4 * now[name].sum() > 3 * one.sum() for name, one in noticed[0][key].items())
-        several += [key] if source.size > 1 and not mixed else []
+        several += [key] if source.size > 1 and not mixed and not prober.products.meeting(key) else []
     told = {key: {name: torch.zeros_like(one) for name, one in found[key].inputs.items()} for key in several}
     for (prober.scale, prober.sign), seen in zip(_KINDS, noticed, strict=True):
         numbers = _numbers_read(prober, {key: sources[key] for key in several})
@@ -211,13 +233,13 @@ def _numbers_read(prober: Prober, sources: Mapping[str, Source]) -> dict[str, Te
     return numbers
 
 
-def _together(found: Mapping[str, Influence]) -> list[list[str]]:
-    """Sources in sets; no two of a set reach the same module."""
+def _together(prober: Prober, found: Mapping[str, Influence]) -> list[list[str]]:
+    """Sources in sets; no two of a set reach the same module, or are in the weight of the same product."""
     sets: list[tuple[set[str], list[str]]] = []
     for key, influence in found.items():
-        own = set(influence.inputs)
-        if not own:
+        if not influence.inputs:
             continue
+        own = influence.inputs.keys() | prober.products.meeting(key)
         taken = next((one for one in sets if not one[0] & own), None)
         if taken is None:
             taken = (set(), [])
@@ -303,7 +325,10 @@ def _read(prober: Prober, sources: Mapping[str, Source], selected: Mapping[str, 
             uses.setdefault(id(old), [(holder._buffers, attribute)])
             originals.append((replace_parameter(uses, old, _altered(old.detach(), source.dim, channels)), old))
     try:
-        return prober.read({sources[key].name: channels for key, channels in selected.items()})
+        layers = {sources[key].name: one for key, one in selected.items() if sources[key].parameter is None}
+        return prober.read(
+            layers, [f"{sources[key].parameter}:{sources[key].dim}" for key in selected.keys() - layers.keys()]
+        )
     finally:
         for new, old in reversed(originals):
             uses[id(old)] = uses.pop(id(new))  # of two dimensions of one parameter the first is restored next
@@ -375,7 +400,7 @@ class _Watching(TorchFunctionMode):
         self.seen.setdefault(label, []).extend(repr(float(sums(t.detach().reshape(1, -1), 0))) for t in tensors)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func not in _PRODUCTS:
+        if func not in _PRODUCTS or self._prober.products.handling:
             return func(*args, **(kwargs or {}))
         calls = self._prober.calls
         result = func(*args, **(kwargs or {}))

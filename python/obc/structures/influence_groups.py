@@ -16,13 +16,15 @@ from torch import Tensor, nn
 
 from obc.model.evaluation import Run
 from obc.model.groups import Side
-from obc.model.layouts import layout_of, loose_buffers
+from obc.model.layouts import is_depthwise, layout_of, loose_buffers
 from obc.model.names import joined, named_modules
 from obc.model.recurrent import is_recurrent
 from obc.model.rules import Rule, rule_for
-from obc.structures.influence import Influence, Source, TooManyPassesError, influences
+from obc.structures.influence import Influence, Source, TooManyPassesError, influences, weight_products
 from obc.structures.probing import reads_channels
+from obc.structures.removal import size_of
 from obc.structures.units import Members, Units
+from obc.structures.weight_products import WeightProducts, is_product
 
 Key = tuple[str, int]
 
@@ -37,6 +39,7 @@ class Coupled:
         size: number of classes that layers read; the others, of channels of the same layers, have higher numbers.
         kinds: (classes,) classes of the same kind take the same numbers of channels of the same layers.
         dims: parameter or buffer outside layers -> its dimension of channels.
+        in_dims: parameter outside layers -> the dimension along which products read channels.
     """
 
     layers: list[str]
@@ -44,6 +47,7 @@ class Coupled:
     size: int
     kinds: Tensor
     dims: dict[str, int] = field(default_factory=dict)
+    in_dims: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -55,16 +59,23 @@ class Findings:
         reasons: layer -> why none of its channels can be.
         read_elsewhere: those whose channels something but a layer reads.
         passes: number of forward passes.
+        ranks: for so many ranks other channels of weights outside layers may be found.
     """
 
     coupled: list[Coupled] = field(default_factory=list)
     reasons: dict[str, str] = field(default_factory=dict)
     read_elsewhere: set[str] = field(default_factory=set)
     passes: int = 0
+    ranks: int = 0
 
 
 def coupled_channels(
-    model: nn.Module, run: Run, layers: Collection[str], fixed: Mapping[str, str], taken: Collection[str]
+    model: nn.Module,
+    run: Run,
+    layers: Collection[str],
+    fixed: Mapping[str, str],
+    taken: Collection[str | tuple[str, Side]],
+    rank: int = 0,
 ) -> Findings:
     """What running ``model`` shows of ``layers``.
 
@@ -73,14 +84,18 @@ def coupled_channels(
         run: ``run(model)`` calls it, always on the same inputs.
         layers: names of linear and convolutional layers.
         fixed: layer -> why its outputs keep their widths.
-        taken: names of layers and parameters whose channels belong to other groups.
+        taken: layers and parameters whose channels belong to other groups: by name, or one side of them.
+        rank: where weights outside layers share several dimensions with what they multiply, which of them counts.
     """
-    sources = _sources(model, layers, taken)
+    products = weight_products(model, run, rank)
+    sources = _sources(model, layers, taken, products)
     try:
-        found, passes = influences(model, run, sources)
+        found, passes = influences(model, run, sources, products)
     except TooManyPassesError as error:
         return Findings(reasons=dict.fromkeys(layers, str(error)))
-    findings = Findings(passes=passes)
+    _keep_one_dimension(sources, found, rank)
+    _number_by_weights(sources, found)
+    findings = Findings(passes=passes, ranks=products.ranks)
     wide = {
         key: torch.zeros(sources[key].size, dtype=torch.bool, device="cpu")
         if one.unexamined
@@ -105,30 +120,84 @@ def coupled_channels(
     return findings
 
 
-def _sources(model: nn.Module, layers: Collection[str], taken: Collection[str]) -> dict[str, Source]:
-    """Layers by name, and embeddings and each dimension of parameters and buffers outside layers by other keys."""
+def _sources(
+    model: nn.Module, layers: Collection[str], taken: Collection[str | tuple[str, Side]], products: WeightProducts
+) -> dict[str, Source]:
+    """Layers by name, and embeddings and each dimension of parameters and buffers outside layers by other keys.
+
+    Also the dimensions of layers' weights that products use without calling the layers.
+    """
     modules = dict(named_modules(model))
     sources = {}
     for name in layers:
-        rule, module = layout_of(modules[name]), modules[name]
-        if is_recurrent(module):
-            sources[name] = Source(name, module.hidden_size)
-            continue
-        assert rule is not None
-        sources[name] = Source(name, rule.sizes(module.weight)[0])  # type: ignore[arg-type]
+        module = modules[name]
+        sources[name] = Source(name, module.hidden_size if is_recurrent(module) else size_of(module, "out"))
+    used = {name for one in products.found for name in one.weights}
     for name, module in modules.items():
-        rule_ = rule_for(module)
+        rule, layout = rule_for(module), layout_of(module)
         if isinstance(module, (nn.RNNBase, nn.MultiheadAttention)) or name in taken:
             continue
-        for key, tensor in (*module.named_parameters(recurse=False), *loose_buffers(module)):
+        own = dict(module.named_parameters(recurse=False))
+        for key, tensor in (*own.items(), *loose_buffers(module)):
             full = joined(name, key)
-            if isinstance(module, nn.Embedding):
+            if isinstance(module, nn.Embedding) and full not in used:
                 sources[f"{full}:1"] = Source(name, module.embedding_dim, full, 1)
-            elif not isinstance(rule_, Rule) and full not in taken and type(tensor) in (nn.Parameter, Tensor):
+            elif layout is not None and not used.isdisjoint(joined(name, one) for one in own):
+                for dim, side in _sides(module, layout, key).items():
+                    if (name, side) not in taken:
+                        sources[f"{full}:{dim}"] = Source(name, tensor.shape[dim], full, dim, side)
+            elif not isinstance(rule, Rule) and full not in taken and type(tensor) in (nn.Parameter, Tensor):
                 for dim, size in enumerate(tensor.shape):
-                    if size > 1:
-                        sources[f"{full}:{dim}"] = Source(full, size, full, dim)
+                    one = f"{full}:{dim}"
+                    side = "in" if products.reads(one) else "out"
+                    if size > 1 and (full, side) not in taken:
+                        sources[one] = Source(full, size, full, dim, side)
     return sources
+
+
+def _sides(module: nn.Module, layout: Rule, key: str) -> dict[int, Side]:
+    """The dimensions of a layer's weight or bias that are its channels -> their side; none of other grouped ones."""
+    if key == layout.bias or is_depthwise(module):
+        return {0: "out"}
+    return {layout.out_axis: "out", layout.in_axis: "in"} if key == layout.weight and layout.groups == 1 else {}  # type: ignore[dict-item]
+
+
+def _keep_one_dimension(sources: Mapping[str, Source], found: Mapping[str, Influence], rank: int) -> None:
+    """Of the dimensions of a tensor whose channels reach the same inputs, forget all but that of this rank.
+
+    Of a spline's coefficients, and of its knots, every dimension but the channels' would join all channels.
+    """
+    rivals: dict[tuple[str, Side], list[str]] = {}
+    for key, source in sources.items():
+        if source.name == source.parameter and found[key].inputs and not bool(_wide(found[key], source.size).any()):
+            rivals.setdefault((source.name, source.side), []).append(key)
+    for keys in rivals.values():
+        shared = [
+            key
+            for key in keys
+            if any(found[key].inputs.keys() & found[one].inputs.keys() for one in keys if one != key)
+        ]
+        for place, key in enumerate(shared):
+            if place != min(rank, len(shared) - 1):
+                found[key].inputs.clear()
+
+
+def _number_by_weights(sources: Mapping[str, Source], found: Mapping[str, Influence]) -> None:
+    """Of products, let the channels of their weights stand for the places that they read.
+
+    Where each channel has several places, as the coefficients of a spline, a source that changes some places of all
+    channels is a wide one.
+    """
+    weights: dict[str, Tensor] = {}
+    for key, source in sources.items():
+        weights = {
+            name: one for name, one in found[key].inputs.items() if source.side == "in" and is_product(name)
+        } | weights
+    for name, places in weights.items():
+        reading = [influence for influence in found.values() if name in influence.inputs]
+        if not any(bool(one.inputs[name][~places.any(1)].any()) for one in reading):
+            for one in reading:
+                one.inputs[name] = places.T.float() @ one.inputs[name].float() > 0
 
 
 def _wide(influence: Influence, size: int) -> Tensor:
@@ -159,6 +228,13 @@ class _Classes:
                 for place, channel in narrow.nonzero().tolist():
                     node = start[key] + channel
                     units.join(node, first.setdefault((name, place), node))
+        same: dict[tuple[str, Side, int], int] = {}
+        for key, source in sources.items():  # a layer's weight and bias, and what it reads when it is called
+            for channel in range(source.size if source.name != source.parameter else 0):
+                node = start[key] + channel
+                units.join(node, same.setdefault((source.name, source.side, channel), node))
+                if source.side == "in" and (source.name, channel) in first:
+                    units.join(node, first[source.name, channel])
         # Key of a source -> the class of each channel; (module, place of its input) -> class.
         self._classes = {key: [units.find(start[key] + one) for one in range(sources[key].size)] for key in sources}
         self._reading = {place: units.find(node) for place, node in first.items()}
@@ -168,15 +244,21 @@ class _Classes:
         members: dict[int, list[tuple[str, Side, int]]] = {}
         for key, classes in self._classes.items():
             for channel, root in enumerate(classes):
-                members.setdefault(root, []).append((self._sources[key].name, "out", channel))
+                members.setdefault(root, []).append((self._sources[key].name, self._sources[key].side, channel))
         for (name, place), root in self._reading.items():
+            if is_product(name):
+                continue
             side: Side = "in" if reads_channels(self._modules[name]) else "out"
             members[root].append((name, side, place))
         return members
 
     def stays(self, blocked: Collection[str]) -> dict[int, str | None]:
         """Class that can't go -> the blocked source that it has channels of, if that is why."""
-        stays: dict[int, str | None] = {}
+        read = {root for key, source in self._sources.items() if source.side == "in" for root in self._classes[key]}
+        # A weight whose columns are not those of a parameter can't be cut along them.
+        stays: dict[int, str | None] = dict.fromkeys(
+            root for (name, _), root in self._reading.items() if is_product(name) and root not in read
+        )
         for key, classes in self._classes.items():
             for root, is_wide in zip(classes, self._wide[key].tolist(), strict=True):
                 if key in blocked:
@@ -221,13 +303,21 @@ class _Classes:
                 members.setdefault((name, side), {})[channel] = number
             numbers.append(kinds.setdefault(tuple((name, side) for name, side, _ in going[root]), len(kinds)))
         own = [source for key, source in self._sources.items() if not self.classes_of(key).isdisjoint(roots)]
-        dims = {source.name: source.dim for source in own if source.name == source.parameter}
-        layers = [source.name for source in own if source.parameter is None]
-        # A parameter with channels along two dimensions is cut along one only.
-        once = len(dims) == sum(source.name == source.parameter for source in own)
-        if not layers or not once:
+        outside = [source for source in own if source.name == source.parameter]
+        dims: dict[Side, dict[str, int]] = {
+            side: {source.name: source.dim for source in outside if source.side == side} for side in ("out", "in")
+        }
+        producers = [source for source in own if source.side == "out" and not self._looks_up(source)]
+        layers = [source.name for source in producers if source not in outside] or [one.name for one in producers]
+        # A parameter is cut along one dimension of each side.
+        once = sum(map(len, dims.values())) == len(outside)
+        if not once or not layers:
             return None
-        return Coupled(layers, members, len(roots), torch.tensor(numbers, device="cpu"), dims)
+        names = list(dict.fromkeys(layers))
+        return Coupled(names, members, len(roots), torch.tensor(numbers, device="cpu"), dims["out"], dims["in"])
+
+    def _looks_up(self, source: Source) -> bool:
+        return isinstance(self._modules.get(source.name), nn.Embedding)
 
 
 def _why(name: str, influence: Influence, classes: _Classes, blocked: Mapping[str, str]) -> str:

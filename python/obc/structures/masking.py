@@ -76,8 +76,8 @@ def _unmaskable(modules: Mapping[str, nn.Module], group: ChannelGroup) -> str | 
     if group.kind == "experts":
         routers = [part for part in group.slices if _is_router(modules.get(part.module), group)]
         return None if routers else "which module routes to its experts is not known"
-    consumers = [part.module for part in group.slices if part.side == "in"]
-    if not consumers:
+    consumers = [part.module for part in group.slices if part.side == "in" and part.dim is None]
+    if not any(part.side == "in" for part in group.slices):
         return "no layer that reads it is known"
     for name in consumers:
         if is_recurrent(modules.get(name)):
@@ -122,8 +122,11 @@ def masked_copy(model: nn.Module, groups: Sequence[ChannelGroup], removed: Mappi
             _normalise_kept(module, *over, channels)
     for group in groups:
         for part in group.slices if group.name in removed else ():
+            gone = part.channels[removed[group.name].cpu()].flatten()
+            if part.dim is not None and part.side == "in":
+                multiply_along(uses, modules, part.module, part.dim, gone, 0.0)
             if part.module in group.multiplied and part.side == "out":
-                _zero_outputs(uses, modules, part.module, part.channels[removed[group.name].cpu()].flatten())
+                _zero_outputs(uses, modules, part.module, gone)
         if group.kind == "experts" and group.name in removed:
             for part in group.slices:
                 gone = part.channels[removed[group.name].cpu()].flatten()
@@ -181,6 +184,20 @@ def _zero_outputs(uses: Uses, modules: Mapping[str, nn.Module], name: str, chann
                 module._buffers[one] = zeroed
             else:
                 replace_parameter(uses, tensor, zeroed)
+
+
+def multiply_along(
+    uses: Uses, modules: Mapping[str, nn.Module], name: str, dim: int, channels: Tensor, factor: float
+) -> None:
+    """Multiply a parameter or buffer outside layers by ``factor`` in these channels of a dimension."""
+    owner, _, key = name.rpartition(".")
+    tensor = getattr(modules[owner], key)
+    channels = channels.to(tensor.device)
+    changed = tensor.detach().index_copy(dim, channels, tensor.detach().index_select(dim, channels) * factor)
+    if key in modules[owner]._buffers:
+        modules[owner]._buffers[key] = changed
+    else:
+        replace_parameter(uses, tensor, changed)
 
 
 def _zero_recurrent(uses: Uses, module: nn.RNNBase, side: Side, channels: Tensor) -> None:

@@ -149,8 +149,8 @@ class TracedCosts:
         polynomial = Polynomial(self.groups, unit)
         for index, part in ((index, part) for index, group in enumerate(self.groups) for part in group.slices):
             name, taken = part.module, part.channels.shape[1]
-            if name in self.dims:
-                polynomial.place((name, self.dims[name]), index, taken)
+            if (outside := self.dims.get(name) if part.dim is None else part.dim) is not None:
+                polynomial.place((name, outside), index, taken)
             elif part.side == "out" or name not in self.usage.depthwise:
                 for key, dim, along in dims_of_side(self.model.get_submodule(name), part.side):
                     if (full := joined(name, key)) not in self.dims:

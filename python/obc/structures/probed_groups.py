@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from obc.model.evaluation import Run
-from obc.model.groups import ChannelGroup
+from obc.model.groups import ChannelGroup, Side
 from obc.structures.extensible import Extensible
 from obc.structures.held_counts import Held, with_counts
 from obc.structures.influence_groups import Coupled, coupled_channels
@@ -49,9 +49,13 @@ def recover(
         more: proposes groups with further channels, which are tried first.
     """
     reasons, accepted = dict(structure.left_out), list[str]()
-    if inner := [found for found in wrong if found.inner]:
-        accepted, why, certain = _by_influence(structure, finder, wrong, held, run, proof, more)
-        untried = {found.name for found in inner if found.reason}
+    inner = [found for found in wrong if found.inner]
+    untried = {found.name for found in inner if found.reason}
+    taken = {part.module for group in structure.groups for part in group.slices}
+    rank, ranks = 0, 1 if inner or finder.weights_outside_calls(taken) else 0
+    while rank < ranks:
+        names, why, certain, ranks = _by_influence(structure, finder, wrong, held, run, proof, more, rank)
+        rank, accepted = rank + 1, accepted + names
         reasons |= {name: reason for name, reason in why.items() if name in untried | certain}
         depthwise = untried - why.keys() if why else set()
         reasons |= dict.fromkeys(
@@ -70,10 +74,18 @@ def recover(
 
 
 def _by_influence(
-    structure: Extensible, finder: GroupFinder, wrong: Sequence[Found], held: Held, run: Run, proof: Proof, more: More
-) -> tuple[list[str], dict[str, str], set[str]]:
-    """(names of the groups found, layer -> why it is in none, those that something but a layer reads)."""
-    taken = {part.module for group in structure.groups for part in group.slices}
+    structure: Extensible,
+    finder: GroupFinder,
+    wrong: Sequence[Found],
+    held: Held,
+    run: Run,
+    proof: Proof,
+    more: More,
+    rank: int,
+) -> tuple[list[str], dict[str, str], set[str], int]:
+    """(names of the groups found, layer -> why it is in none, those that something but a layer reads, ranks)."""
+    taken: set[str | tuple[str, Side]] = {(p.module, p.side) for group in structure.groups for p in group.slices}
+    taken |= {part.module for group in structure.groups for part in group.slices if part.module in finder.called}
     layers = finder.layers_outside({p.module for g in structure.groups for p in g.slices if p.side == "out"})
     fixed = dict.fromkeys(finder.ignored & set(layers), "it is one of ignored_layers")
     for found in wrong:
@@ -88,16 +100,16 @@ def _by_influence(
             raise _RunError from error
 
     try:
-        findings = coupled_channels(varied_copy(structure.model), guarded, layers, fixed, taken)
+        findings = coupled_channels(varied_copy(structure.model), guarded, layers, fixed, taken, rank)
     except _RunError:
-        return [], {}, set()
+        return [], {}, set(), 0
     except Exception as error:  # a fault of the search itself
         warnings.warn(
             f"the search for further groups ended in {type(error).__name__}: {error}; groups that tracing finds are "
             "pruned. Please report this with the model",
             stacklevel=2,
         )
-        return [], {}, set()
+        return [], {}, set(), 0
     proof.passes += findings.passes
     before, reasons = dict(structure.left_out), findings.reasons
     coupled = {min(one.layers, key=finder.place): one for one in findings.coupled}
@@ -106,6 +118,7 @@ def _by_influence(
             "running the model finds no smaller set of channels that go together than all of them"
         )
         finder.dims.update(one.dims)
+        finder.in_dims.update(one.in_dims)
     attentions = [
         Block(group) for name, one in coupled.items() for group in itertools.islice(_groups(finder, name, one), 1)
     ]
@@ -125,7 +138,7 @@ def _by_influence(
     for name in coupled.keys() & structure.left_out.keys():
         reasons |= dict.fromkeys(coupled[name].layers, structure.left_out.pop(name))
         structure.left_out |= {name: before[name]} if name in before else {}
-    return accepted, reasons, findings.read_elsewhere
+    return accepted, reasons, findings.read_elsewhere, findings.ranks
 
 
 class _RunError(Exception):

@@ -10,7 +10,7 @@ reads differently depends on one of them (:mod:`obc.structures.influence`). No l
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,14 +21,15 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from obc.model.evaluation import Run, first_floating, tensors_in
-from obc.model.layouts import is_depthwise, layout_of
-from obc.model.names import named_modules
+from obc.model.layouts import is_depthwise, layout_of, loose_buffers
+from obc.model.names import joined, named_modules
 from obc.model.recurrent import is_recurrent
 from obc.model.rules import Rule, rule_for
 from obc.model.shared_copy import shared_copy
 from obc.structures.comparison import run_alike
 from obc.structures.norm_axis import norm_axis, norm_channels
 from obc.structures.reaching import unchanged_buffers
+from obc.structures.weight_products import WeightProducts
 
 
 def changed(before: Mapping[str, list[Tensor]], now: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
@@ -51,10 +52,11 @@ class Prober:
         sign: their sign.
         passes: number of forward passes so far.
         returned: what the model returned in the last pass.
+        products: products with weights that no layer is called for.
     """
 
-    def __init__(self, model: nn.Module, run: Run) -> None:
-        self.model, self._run = shared_copy(model), run
+    def __init__(self, model: nn.Module, run: Run, products: WeightProducts | None = None) -> None:
+        self.model, self._run, self.products = shared_copy(model), run, products or WeightProducts()
         self._outputs: dict[str, list[Tensor]] = {}  # for every call: meta tensors, which have a shape but no numbers
         self._devices: dict[str, torch.device] = {}
         self._calls: dict[str, int] = {}
@@ -66,18 +68,37 @@ class Prober:
         modules = list(named_modules(self.model))
         for name, module in modules:
             self._listen(name, module)
+        called = dict.fromkeys(name for name, module in modules if is_depthwise(module))
+        hooks = [
+            module.register_forward_hook(lambda *_, name=name: called.pop(name, None))
+            for name, module in modules
+            if name in called
+        ]
         # Depthwise convolutions don't move channels, so they run.
         layers = [(name, m) for name, m in modules if reads_channels(m)]
         handles = [layer.register_forward_hook(partial(self._remember, name)) for name, layer in layers]
-        self._observe()
+        self._observe(None, ())
+        for handle in hooks:
+            handle.remove()
         for handle, (name, layer) in zip(handles, layers, strict=True):
             handle.remove()
             self._pretend(name, layer)
+        self._holders = [
+            (name, module)
+            for name, module in modules
+            if not isinstance(module, (nn.RNNBase, nn.MultiheadAttention))
+            and (not is_depthwise(module) or name in called)
+            and not isinstance(dict(modules).get(name.rpartition(".")[0]), nn.MultiheadAttention)
+        ]
 
-    def read(self, selected: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
-        """The inputs of all modules when these channels of layers (name -> (C,) bool) are changed."""
+    def read(self, selected: Mapping[str, Tensor], changed: Iterable[str] = ()) -> dict[str, list[Tensor]]:
+        """The inputs of all modules and products when these channels of layers (name -> (C,) bool) are changed.
+
+        Args:
+            changed: the dimensions along which the copy's parameters have other channels now.
+        """
         self._selected = selected
-        self._observe()
+        self._observe(frozenset(changed) if selected or changed else None, self._holders)
         return self._readings
 
     @property
@@ -85,11 +106,20 @@ class Prober:
         """The number of calls of layers so far in this pass."""
         return sum(self._calls.values())
 
-    def _observe(self) -> None:
+    def _observe(self, changed: frozenset[str] | None, holders: Sequence[tuple[str, nn.Module]]) -> None:
         self.passes += 1
         self._calls, self._readings = {}, {}
-        with unchanged_buffers(self.model):  # else a pass would read what the pass before wrote
+        with self.products, unchanged_buffers(self.model):  # else a pass would read what the pass before wrote
+            tensors = [
+                (joined(name, key), one, key in module._buffers)
+                for name, module in holders
+                for key, one in (*module.named_parameters(recurse=False), *loose_buffers(module))
+            ]
+            self.products.begin(tensors, changed, self.scale * self.sign, lambda: self.calls, self._read_by_product)
             self.returned = run_alike(self.model, self._run)
+
+    def _read_by_product(self, name: str, tensor: Tensor, dim: int) -> None:
+        self._readings.setdefault(name, []).append(sums(tensor.detach(), dim))
 
     # --- inputs ------------------------------------------------------------------------------------------------
 

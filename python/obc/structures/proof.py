@@ -415,7 +415,7 @@ class _Prover:
             if holder != name and type(self.base.get_submodule(holder)).forward is not nn.Module.forward:
                 return False
             holder = holder.rpartition(".")[0]
-        return bool(holder)
+        return True
 
     def _unseen(self, name: str) -> str:
         consumers = [part.module for part in self.groups[name].consumers]

@@ -14,12 +14,15 @@ from obc.model.slicing import same_values, sliced
 from obc.structures.masking import Lost
 
 
-def step_of(modules: Mapping[str, nn.Module], lost: Lost, dims: Mapping[str, int]) -> dict[str, Kept]:
+def step_of(
+    modules: Mapping[str, nn.Module], lost: Lost, dims: Mapping[str, int], in_dims: Mapping[str, int]
+) -> dict[str, Kept]:
     """The channels that every module keeps of its present ones.
 
     Args:
         lost: (module, side) -> removed channels; parameters outside any layer have their own names.
-        dims: name of such a parameter -> the dimension that loses them.
+        dims: name of such a parameter -> the dimension that loses those of side "out".
+        in_dims: the same for side "in".
 
     Returns:
         A plan for this step alone, for :func:`obc.model.cutting.cut`.
@@ -29,8 +32,13 @@ def step_of(modules: Mapping[str, nn.Module], lost: Lost, dims: Mapping[str, int
         module = modules.get(name)
         if module is None:
             owner, _, attribute = name.rpartition(".")
-            size = getattr(modules[owner], attribute).shape[dims[name]]
-            step[name] = Kept(staying(size, channels), dim=dims[name], out_size=size)
+            shape, one = getattr(modules[owner], attribute).shape, step.get(name, Kept())
+            if side == "out":
+                size = shape[dims[name]]
+                step[name] = replace(one, out_channels=staying(size, channels), dim=dims[name], out_size=size)
+            else:
+                size = shape[in_dims[name]]
+                step[name] = replace(one, in_channels=staying(size, channels), in_dim=in_dims[name], in_size=size)
         elif isinstance(module, nn.MultiheadAttention):
             if side == "in":  # its outputs are queries, keys and values, which are cut accordingly
                 stay = staying(module.embed_dim, channels)

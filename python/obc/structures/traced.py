@@ -235,6 +235,7 @@ class TorchPruningStructure:
             name: 0
             for name, group in self._groups.items()
             if all((part.module, part.side) in rest for part in group.slices)
+            and any(part.module in self._modules for part in group.slices)
         }
         return Limits(spare, whole=heads)
 
@@ -283,7 +284,7 @@ class TorchPruningStructure:
         if not (chosen := checked_units(self.groups, units, self.limits.min_units)):
             return
         lost = lost_channels(self.groups, chosen)
-        step = step_of(self._modules, lost, self._graph.dims)
+        step = step_of(self._modules, lost, self._graph.dims, self._finder.in_dims)
         refuse_untied(self.model, self._shared, step)
         cut(self.model, step)
         for name, kept in step.items():

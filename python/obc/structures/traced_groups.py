@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,7 +13,9 @@ from torch.nn.modules.conv import _ConvNd
 from obc.model.groups import ChannelGroup, Side
 from obc.model.layouts import layout_of
 from obc.model.linear_like import is_linear
+from obc.model.names import joined
 from obc.model.recurrent import is_recurrent
+from obc.model.rules import Rule, rule_for
 from obc.structures.measure import Usage
 from obc.structures.removal import size_of
 from obc.structures.traced_graph import INSIDE_TORCH_PRUNING, TracedGraph, unfollowed
@@ -64,6 +66,7 @@ class GroupFinder:
 
     Attributes:
         dims: parameter outside any layer -> the pruned dimension.
+        in_dims: parameter outside any layer -> the dimension along which it reads channels.
         depthwise: the depthwise convolutions.
         ignored: the layers whose outputs keep their widths by the caller's settings.
         kept: layers whose outputs the caller has said something about: they keep their widths, or have so many heads.
@@ -75,7 +78,7 @@ class GroupFinder:
         self._graph, self._usage, self._settings = graph, usage, settings
         self._modules, self._names = graph.modules, graph.names
         self._order = {name: place for place, name in enumerate(usage.order)}
-        self.dims, self.depthwise = graph.dims, usage.depthwise
+        self.dims, self.in_dims, self.depthwise = graph.dims, dict[str, int](), usage.depthwise
         self.ignored, with_heads = (
             {self._names[module] for module in modules if module in self._names}
             for modules in (settings.ignored, settings.heads)
@@ -95,6 +98,21 @@ class GroupFinder:
             and (layout_of(self._modules[name]) is not None or is_recurrent(self._modules[name]))
             and not isinstance(self._modules.get(name.rpartition(".")[0]), nn.MultiheadAttention)
         ]
+
+    def weights_outside_calls(self, taken: Collection[str]) -> bool:
+        """Whether parameters with several dimensions are no called layer's, and none of ``taken``."""
+        return any(
+            parameter.dim() > 1 and min(parameter.shape) > 1 and joined(name, key) not in taken and name not in taken
+            for name, module in self._modules.items()
+            if (name not in self._order and layout_of(module) is not None) or not isinstance(rule_for(module), Rule)
+            if not isinstance(module, (nn.RNNBase, nn.MultiheadAttention))
+            for key, parameter in module.named_parameters(recurse=False)
+        )
+
+    @property
+    def called(self) -> Collection[str]:
+        """The modules that ran."""
+        return self._order.keys()
 
     def place(self, name: str) -> int:
         """When a layer, or the layer of a parameter, is first called."""
@@ -182,7 +200,12 @@ class GroupFinder:
         self._refuse_several(members)
         divisions = self._divisions(members, size)
         channels = divided(units, divisions if hidden is None else [*divisions, hidden])
-        slices = [slice_of(module, side, roots, channels) for (module, side), roots in members.items()]
+        slices = [
+            replace(
+                slice_of(module, side, roots, channels), dim=(self.dims if side == "out" else self.in_dims).get(module)
+            )
+            for (module, side), roots in members.items()
+        ]
         for (module, side), roots in members.items():
             if side == "in" and module in self._modules and is_linear(self._modules[module]):
                 repeat = repeat_of(list(roots), list(roots.values()), size_of(self._modules[module], "in"))
