@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from obc.model.evaluation import kept_by, tensors_in
+from obc.model.held_tensors import register_held
 from obc.model.kept import Kept, PlanError, kept_of
 from obc.model.layouts import is_depthwise, layout_of, set_held_width
 from obc.model.linear_like import is_linear, sizes_of
@@ -22,11 +23,13 @@ from obc.model.slicing import same_values, sliced
 def cut(model: nn.Module, plan: Mapping[str, Kept]) -> None:
     """Cut ``model`` in place; shared parameters stay shared, and are cut if one of their modules has an entry.
 
-    What modules keep of former calls in eval mode is forgotten.
+    What modules keep of former calls in eval mode is forgotten. Tensors that they hold as plain attributes become
+    buffers that are not saved, if they have an entry.
 
     Raises:
         PlanError: the plan does not fit a tensor, or keeps different parts of a shared one; nothing was changed.
     """
+    register_held(model, plan)
     made: dict[int, tuple[str, Tensor]] = {}
     uses: list[tuple[nn.Module, str, Tensor]] = []
     for module_name, module in named_modules(model):

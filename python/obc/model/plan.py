@@ -27,6 +27,7 @@ from obc.model.depth import (
     refuse_other_lists,
     with_lists,
 )
+from obc.model.held_tensors import held_tensors
 from obc.model.kept import Kept, PlanError, kept_of
 from obc.model.matching import match
 from obc.model.names import joined, named_modules, named_tensors
@@ -128,6 +129,7 @@ class PruningPlan(Mapping[str, Kept]):
             for key, tensor in (*module._parameters.items(), *module._buffers.items())
             if tensor is not None
         }
+        known |= {name for _, _, name in held_tensors(model)}
         self._refuse_unknown(self, known, role)
 
     @staticmethod

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from obc.model.held_tensors import register_held
 from obc.model.layouts import loose_buffers
 from obc.model.shared_copy import parameter_uses, replace_parameter, shared_copy
 
@@ -15,9 +16,11 @@ from obc.model.shared_copy import parameter_uses, replace_parameter, shared_copy
 def varied_copy(model: nn.Module) -> nn.Module:
     """A copy of ``model`` whose single-valued parameters are random around their value, so that none hides a fault.
 
-    So are the buffers that pruning may cut (:func:`obc.model.layouts.loose_buffers`).
+    So are the buffers that pruning may cut (:func:`obc.model.layouts.loose_buffers`); in the copy tensors that modules
+    hold as plain attributes are among them.
     """
     varied = shared_copy(model)
+    register_held(varied)
     uses = parameter_uses(varied.modules())
     generator = torch.Generator().manual_seed(0)
     for parameter in list({id(p): p for p in varied.parameters()}.values()):
