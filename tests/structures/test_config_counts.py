@@ -77,6 +77,7 @@ def built(name: str, *heads: int, config: Any = None) -> nn.Sequential:
     return nn.Sequential(nn.Linear(5, 8), *(Attention(one, read) for one in configs), nn.Linear(8, 3)).double()
 
 
+@pytest.mark.sampled(members=4)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_modules_get_a_config_of_their_own(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)

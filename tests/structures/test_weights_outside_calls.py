@@ -191,6 +191,7 @@ def with_zeros(model: nn.Module, plan: obc.PruningPlan) -> nn.Module:
     return masked
 
 
+@pytest.mark.sampled(members=4)
 @pytest.mark.parametrize("name", KINDS)
 def test_channels_of_weights_outside_calls_go(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)

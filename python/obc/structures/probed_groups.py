@@ -112,7 +112,7 @@ def _by_influence(
         return [], {}, set(), 0
     proof.passes += findings.passes
     before, reasons = dict(structure.left_out), findings.reasons
-    coupled = {min(one.layers, key=finder.place): one for one in findings.coupled}
+    coupled = {min(one.layers, key=finder.place): one for one in _compatible(findings.coupled)}
     for name, one in coupled.items():
         structure.left_out[name] = (
             "running the model finds no smaller set of channels that go together than all of them"
@@ -139,6 +139,17 @@ def _by_influence(
         reasons |= dict.fromkeys(coupled[name].layers, structure.left_out.pop(name))
         structure.left_out |= {name: before[name]} if name in before else {}
     return accepted, reasons, findings.read_elsewhere, findings.ranks
+
+
+def _compatible(found: Sequence[Coupled]) -> Iterator[Coupled]:
+    """Those that cut no side of a parameter along another dimension than one before."""
+    known: dict[tuple[str, Side], int] = {}
+    for one in found:
+        own: dict[tuple[str, Side], int] = {(name, "out"): dim for name, dim in one.dims.items()}
+        own |= {(name, "in"): dim for name, dim in one.in_dims.items()}
+        if all(known.get(key, dim) == dim for key, dim in own.items()):
+            known |= own
+            yield one
 
 
 class _RunError(Exception):

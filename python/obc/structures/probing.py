@@ -112,7 +112,7 @@ class Prober:
         with self.products, unchanged_buffers(self.model):  # else a pass would read what the pass before wrote
             tensors = [
                 (joined(name, key), one, key in module._buffers)
-                for name, module in holders
+                for name, module in (holders if self.products.learning or self.products.found else ())
                 for key, one in (*module.named_parameters(recurse=False), *loose_buffers(module))
             ]
             self.products.begin(tensors, changed, self.scale * self.sign, lambda: self.calls, self._read_by_product)
