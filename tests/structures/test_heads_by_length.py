@@ -178,7 +178,7 @@ def test_a_plan_with_such_heads_is_applied(kind: type[Attention]) -> None:
     torch.testing.assert_close(applied(x), model(x), rtol=0, atol=1e-12)
 
 
-def test_a_parameter_with_two_dimensions_of_the_heads_is_named() -> None:
+def test_a_parameter_with_two_dimensions_of_the_heads_loses_both() -> None:
     class Both(Attention):
         def __init__(self) -> None:
             super().__init__()
@@ -188,6 +188,11 @@ def test_a_parameter_with_two_dimensions_of_the_heads_is_named() -> None:
             return torch.einsum("bhij,hg->bgij", super().logits(q, k), self.mixing)
 
     model, x = made(Both)
+    masked: Any = copy.deepcopy(model)
     structure = TorchPruningStructure(model, x)
-    assert not [group for group in structure.groups if group.kind == "heads"]
-    assert "attn.qkv" in structure.left_out
+    (group,) = (group for group in structure.groups if group.name == "attn.qkv")
+    assert group.size == HEADS
+    structure.remove({"attn.qkv": torch.tensor([1])})
+    assert structure.model.attn.mixing.shape == (HEADS - 1, HEADS - 1)  # type: ignore[union-attr]
+    masked.attn.mixing.data[1], masked.attn.kept[1] = 0, 0
+    torch.testing.assert_close(structure.model(x), masked(x), rtol=1e-10, atol=1e-12)

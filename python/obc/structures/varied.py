@@ -16,11 +16,10 @@ from obc.model.shared_copy import parameter_uses, replace_parameter, shared_copy
 def varied_copy(model: nn.Module) -> nn.Module:
     """A copy of ``model`` whose single-valued parameters are random around their value, so that none hides a fault.
 
-    So are the buffers that pruning may cut (:func:`obc.model.layouts.loose_buffers`); in the copy tensors that modules
-    hold as plain attributes are among them.
+    So are the buffers that pruning may cut (:func:`obc.model.layouts.loose_buffers`). Tensors that modules hold as
+    plain attributes are buffers of the copy.
     """
     varied = shared_copy(model)
-    register_held(varied)
     uses = parameter_uses(varied.modules())
     generator = torch.Generator().manual_seed(0)
     for parameter in list({id(p): p for p in varied.parameters()}.values()):
@@ -30,6 +29,7 @@ def varied_copy(model: nn.Module) -> nn.Module:
         for key, buffer in loose_buffers(module):
             if _is_constant(buffer):
                 module._buffers[key] = _vary(buffer, generator)
+    register_held(varied)
     return varied
 
 
