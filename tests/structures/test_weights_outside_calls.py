@@ -142,6 +142,17 @@ class Plain(nn.Module):
         return F.relu(torch.addmm(self.b2, F.relu(x @ self.w1 + self.b1), self.w2.t())) @ self.w3
 
 
+class Part(nn.Module):
+    """Some rows of a layer's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.layer.weight[:6])
+
+
 class Between(nn.Module):
     """A residual branch between linear layers."""
 
@@ -171,6 +182,7 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], Mapping[str, in
     "masked": (functools.partial(images, Masked), (3, 5, 5), {"0.conv": 8, "2.conv": 6}),
     "mixed": (functools.partial(images, Mixed), (3, 5, 5), {"0.kernels": 8, "2.kernels": 6}),
     "chosen": (functools.partial(images, Chosen), (3, 5, 5), {"0.convs.0": 8, "2.convs.0": 6}),
+    "part": (lambda: nn.Sequential(nn.Linear(5, 8), nn.ReLU(), Part(), nn.Linear(6, 3)), (5,), {"0": 8}),
     "matrices": (Plain, (5,), {"w1": 8, "w2": 6}),
 }
 
