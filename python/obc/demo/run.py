@@ -109,15 +109,14 @@ def run(
     data = digits(seed)
     with one_thread(), _in_processes(processes) as each:
         say(f"Training on {len(data.train)} digits: " + ", ".join(f"{r.name}, {r.epochs} epochs" for r in recipes))
-        trained = each(_trained, recipes, repeat(seed))
-        models = {recipe: _network(recipe, weights) for recipe, weights in zip(recipes, trained, strict=True)}
-        pairs = [(recipe, criterion) for recipe in recipes for criterion in criteria]
-        weights = [_weights(models[recipe]) for recipe, _ in pairs]
-        pruning = each(_pruned, *zip(*pairs, strict=True), weights, repeat(targets), repeat(seed))
-        pruned = {}
-        for recipe, criterion in pairs:
-            say(f"Pruning the {recipe.name} by {criterion.name}")
-            pruned[recipe, criterion] = next(pruning)
+        models, pruning, pruned = dict[Recipe, nn.Module](), [], {}
+        for recipe, weights in zip(recipes, each(_trained, recipes, repeat(seed)), strict=True):
+            models[recipe] = _network(recipe, weights)  # and pruned while others are trained
+            pruning.append(each(_pruned, repeat(recipe), criteria, repeat(weights), repeat(targets), repeat(seed)))
+        for recipe, found in zip(recipes, pruning, strict=True):
+            for criterion in criteria:
+                say(f"Pruning the {recipe.name} by {criterion.name}")
+                pruned[recipe, criterion] = next(found)
     with one_thread():
         return [_measured(recipe, models[recipe], criteria, pruned, data, say) for recipe in recipes]
 
