@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import nn
 
 from obc.criteria import Subject
 from obc.model.errors import explained
@@ -21,7 +22,7 @@ from obc.structures.protocol import Structure
 
 
 class Compensator:
-    """Keeps a copy of the unpruned model, and compensates for what was removed.
+    """Keeps a copy of the unpruned model, and compensates for what was removed; without ``compensate`` does neither.
 
     Every compensation starts from the weights that pruning leaves, sliced from the unpruned model's. An earlier one
     only affects which units are removed next.
@@ -38,13 +39,15 @@ class Compensator:
     """
 
     def __init__(self, structure: Structure, subject: Subject, options: Options, report: PruningReport) -> None:
+        self._original: nn.Module | None = None
         remedy = "prune with compensate=None, then obc.compensate with an unpruned model of your own"
-        with explained(structure.model, "copying it (copy.deepcopy)", remedy):
-            self.original = deep_copy(structure.model)
+        if options.compensate is not None:
+            with explained(structure.model, "copying it (copy.deepcopy)", remedy):
+                self._original = deep_copy(structure.model)
         self.structure, self.groups, self.model = structure, structure.groups, structure.model
         self.batches, self.forward = subject.batches, subject.forward_fn
         self.options, self.every_step, self.report = options, options.compensate_every_step, report
-        self._states = self.original.state_dict()
+        self._states = {} if self._original is None else self._original.state_dict()
 
     def undo(self) -> None:
         """Restore the weights that pruning leaves, before the next compensation."""
@@ -75,7 +78,9 @@ class Compensator:
             self._run()
 
     def _run(self) -> None:
-        model, original, plan, report = self.model, self.original, self.structure.plan, self.report
+        model, original, plan, report = self.model, self._original, self.structure.plan, self.report
+        if original is None:
+            return
         with timed(report, "compensate"):
             if self.options.compensate == "mean":
                 report.means = absorb_means(model, original, plan, self.batches, self.forward)

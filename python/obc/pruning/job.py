@@ -61,9 +61,8 @@ class Job:
         choice: Choice,
         options: Options,
         final_proof: FinalProof | None = None,
-        compensator: Compensator | None = None,
     ) -> None:
-        self.final_proof, self.compensator = final_proof, compensator
+        self.final_proof, self.compensator = final_proof, Compensator(structure, subject, options, report)
         self.structure, self.subject, self.report = structure, subject, report
         self.budget, self.choice, self.options = budget, choice, options
         self.widths = {group.name: group.size for group in structure.groups}
@@ -119,8 +118,7 @@ class Job:
         Args:
             run: runs a model on the first batch, to check that it computes the same without the blocks.
         """
-        if self.compensator is not None:
-            self.compensator.finish()
+        self.compensator.finish()
         self.report.note_known(self.budget.meters.known(self.structure), before=False)
         take_out_blocks(self.structure, run)
         for warning in getattr(self.structure, "warnings", ()):
@@ -156,13 +154,11 @@ class Job:
         if self.final_proof is not None:
             self.final_proof.note(removed)
         self._note_step(share, {name: len(units) for name, units in removed.items() if len(units)})
-        if self.compensator is not None:
-            self.compensator.undo()
+        self.compensator.undo()
         if self._norm_reference is not None:
             with timed(self.report, "recalibrate"):
                 self._recalibrate(subject, self._norm_reference)
-        if self.compensator is not None:
-            self.compensator.step()
+        self.compensator.step()
 
     def _recalibrate(self, subject: Subject, reference: NormReference) -> None:
         model, batches = subject.model, subject.batches

@@ -27,7 +27,6 @@ from obc.model.usable import refuse_unusable
 from obc.model.usable_batches import UsableBatches
 from obc.pruning.arguments import Choice, Compensation, Options, chosen_compensation, repeatable
 from obc.pruning.budgets import DEFAULT_STEPS, Argument, Budget, Meters
-from obc.pruning.compensator import Compensator
 from obc.pruning.final_proof import FinalProof, first_finite, prove_groups
 from obc.pruning.functions import Functions
 from obc.pruning.job import Job
@@ -232,10 +231,9 @@ def _prune(
     choice = better_criterion(choice, structure, subject, budget, options, report)
     counted = MeasuredMacs(structure, run, report)
     speed = MeasuredSpeed(model, run, report) if options.measure else None
-    compensator = None if options.compensate is None else Compensator(structure, subject, options, report)
-    job = Job(structure, subject, report, budget, choice, options, final_proof, compensator)
+    job = Job(structure, subject, report, budget, choice, options, final_proof)
     job.run()
-    with timed(report, "verify"), contextlib.nullcontext() if compensator is None else compensator.undone():
+    with timed(report, "verify"), job.compensator.undone():
         _verify(structure.plan, unpruned.tensors(), model, options.recalibrate)
         if final_proof is not None:
             final_proof.check(model, report)

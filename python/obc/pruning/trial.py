@@ -21,7 +21,6 @@ from obc.model.layouts import layout_of
 from obc.model.shared_copy import deep_copy
 from obc.pruning.arguments import Choice, Options
 from obc.pruning.budgets import Budget
-from obc.pruning.compensator import Compensator
 from obc.pruning.job import Job
 from obc.pruning.report import PruningReport, timed
 from obc.selection.choice import BudgetError
@@ -100,10 +99,9 @@ def _error(
     twin, trial = structure.twin(model), _TrialReport()
     subject = replace(subject, model=model, confirmed={})
     options = replace(options, steps=1, compensate_every_step=False, on_step=None, progress=False)
-    compensator = Compensator(twin, subject, options, trial)
-    job = Job(twin, subject, trial, budget, choice, options, None, compensator)
+    job = Job(twin, subject, trial, budget, choice, options)
     subject.batches.on_left_out = report.warn  # a batch stays left out
     job.run()
-    compensator.finish()
+    job.compensator.finish()
     assert trial.compensation is not None
     return trial.compensation.final_error
