@@ -58,7 +58,12 @@ def channel_dims(module: nn.Module, name: str, tensor: Tensor, weight: Tensor | 
         tensor: the tensor.
         weight: the module's ``weight``, before or after pruning like ``tensor``.
     """
-    layout = layout_of(module)
+    return _dims(module, layout_of(module), name, tensor, weight)
+
+
+def _dims(
+    module: nn.Module, layout: Rule | None, name: str, tensor: Tensor, weight: Tensor | None
+) -> dict[int, ChannelDim] | None:
     if layout is not None and name != "bias" and weight is not None:
         if tensor.shape != weight.shape:
             return _beside_layer(layout, weight, tensor)
@@ -75,9 +80,9 @@ def channel_dims(module: nn.Module, name: str, tensor: Tensor, weight: Tensor | 
 
 def dims_of_side(module: nn.Module, side: Side) -> Iterator[tuple[str, int, ChannelDim]]:
     """(name of a tensor, dimension, the channels along it) for each of a module's tensors with channels of a side."""
-    weight = getattr(module, "weight", None)
+    layout, weight = layout_of(module), getattr(module, "weight", None)
     for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-        dims = None if tensor is None else channel_dims(module, name, tensor, weight)
+        dims = None if tensor is None else _dims(module, layout, name, tensor, weight)
         yield from ((name, dim, along) for dim, along in (dims or {}).items() if along.side == side)
 
 
