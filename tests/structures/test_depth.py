@@ -213,7 +213,7 @@ def test_rows_are_the_derivative_by_a_gate_on_what_is_added(name: str, per_sampl
         values: Tensor = found(**batch).logits.square().flatten(1).mean(1)
         return values if per_sample else values.mean()
 
-    reader = DepthRows(model, structure.groups, losses, per_sample)
+    reader = DepthRows(structure.groups, losses, per_sample)
     for index in range(2):
         reader.seek(index, 0)
         reader(model, _batch(model, index)).sum().backward()

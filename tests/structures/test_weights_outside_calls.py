@@ -6,6 +6,7 @@ import copy
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -15,6 +16,10 @@ from torch.nn import functional as F
 pytest.importorskip("torch_pruning", reason="Torch-Pruning is missing: pip install torch-pruning")
 
 import obc
+from obc.criteria.rows import read_rows
+from obc.criteria.subject import Subject
+from obc.model.evaluation import call_on_batch
+from obc.model.usable_batches import UsableBatches
 from obc.structures.counted_macs import counted_macs
 from obc.structures.traced import TorchPruningStructure
 
@@ -227,3 +232,95 @@ def test_channels_of_weights_outside_calls_go(name: str, tmp_path: Path) -> None
     again = obc.PruningPlan.load(tmp_path / "plan.json").apply(original)
     again.load_state_dict(model.state_dict())
     assert torch.equal(again(x), model(x))
+
+
+# Group -> the weights that read its channels, with the dimension along which they do.
+READING: dict[str, dict[str, list[tuple[str, int]]]] = {
+    "einsum heads": {
+        "stem": [("head.weight", 1), ("branch.wq", 1), ("branch.wk", 1), ("branch.wv", 1)],
+        "branch.wq": [("branch.wo", 0)],
+    },
+    "heads of a layer": {"stem": [("head.weight", 1), ("branch.ask.weight", 1)], "branch.ask": [("branch.wo", 0)]},
+    "experts": {
+        "stem": [("head.weight", 1), ("branch.gate.weight", 1), ("branch.up", 1)],
+        "branch.up": [("branch.down", 1)],
+    },
+    "splines": {"0.base": [("1.base", 1), ("1.spline", 1)], "1.base": [("2.base", 1), ("2.spline", 1)]},
+    "sums": {"0.wide": [("2.wide.weight", 1), ("2.small.weight", 1)], "2.wide": [("6.weight", 1)]},
+    "mixed": {"0.kernels": [("2.kernels", 2), ("2.mix.weight", 1)], "2.kernels": [("6.weight", 1)]},
+    "matrices": {"w1": [("w2", 1)], "w2": [("w3", 0)]},
+}
+
+
+def losses_of(model: nn.Module, batch: Tensor) -> Tensor:
+    """(samples,) of a batch."""
+    return model(batch).flatten(1).square().sum(1)
+
+
+@pytest.mark.sampled
+@pytest.mark.parametrize("rows", ["batch", "sample"])
+@pytest.mark.parametrize("name", READING)
+def test_rows_are_the_derivative_by_what_reads_the_channels(name: str, rows: Literal["batch", "sample"]) -> None:
+    torch.manual_seed(0)
+    make, shape, _ = KINDS[name]
+    model = make().double().eval()
+    batches = [torch.randn(3, *shape, dtype=DOUBLE) for _ in range(2)]
+    truth = copy.deepcopy(model)
+    losses = [loss for batch in batches for loss in losses_of(truth, batch)]
+    if rows == "batch":
+        losses = [sum(losses[:3]), sum(losses[3:])]  # type: ignore[list-item]
+    parameters, weights = dict(model.named_parameters()), dict(truth.named_parameters())
+    flags = {one: parameter.requires_grad_(one != "w2").requires_grad for one, parameter in parameters.items()}
+    structure = TorchPruningStructure(model, batches[0], forward_fn=lambda net, x: net(x))
+    loss = losses_of if rows == "sample" else (lambda net, batch: losses_of(net, batch).sum())
+    subject = Subject(model, structure.groups, UsableBatches(batches), loss, call_on_batch, rows=rows)
+    found = read_rows(subject)
+    assert flags == {one: parameter.requires_grad for one, parameter in parameters.items()}
+    assert all(
+        parameter.grad is None and not parameter._post_accumulate_grad_hooks for parameter in parameters.values()
+    )
+    for group in structure.groups:
+        expected = []
+        for one in losses:
+            reading = [(weights[key], dim) for key, dim in READING[name][group.name]]
+            grads = torch.autograd.grad(one, [weight for weight, _ in reading], retain_graph=True)
+            products = [
+                (weight * grad).movedim(dim, 0).flatten(1).sum(1)
+                for (weight, dim), grad in zip(reading, grads, strict=True)
+            ]
+            expected.append(torch.stack(products).sum(0))
+        actual = group.gate_rows(found.rows)
+        assert actual is not None
+        torch.testing.assert_close(actual.double(), torch.stack(expected), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.sampled(members=3)
+@pytest.mark.parametrize("name", READING)
+def test_obc_prune_scores_and_removes_them(name: str) -> None:
+    torch.manual_seed(0)
+    make, shape, units = KINDS[name]
+    model, batches = make(), [torch.randn(3, *shape) for _ in range(3)]
+    result = obc.prune(
+        model.float(), batches[0], batches, lambda net, batch: losses_of(net, batch).mean(), macs=0.7, steps=2
+    )
+    assert result.report.macs_after <= 0.7 * result.report.macs_before
+    assert result.report.left_out.keys().isdisjoint(units)
+
+
+@pytest.mark.parametrize("criterion", ["l2", "taylor"])
+def test_the_report_names_parameters_that_a_criterion_does_not_read(criterion: str) -> None:
+    torch.manual_seed(0)
+    batches = [torch.randn(3, 5, 5) for _ in range(2)]
+    net = KINDS["einsum heads"][0]().float()
+    result = obc.prune(
+        net,
+        batches[0],
+        batches,
+        lambda net, batch: losses_of(net, batch).mean(),
+        macs=0.8,
+        steps=1,
+        criterion=criterion,
+    )
+    said = f"{criterion!r} does not read weights for which no layer is called; 'jacobian' does"
+    assert result.report.unscored == {f"branch.{name}": said for name in ("wq", "wk", "wv", "wo")}
+    assert result.report.left_out["branch.wq"] == f"the criterion {criterion!r} has nothing to score in it"

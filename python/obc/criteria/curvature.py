@@ -34,6 +34,7 @@ class FastOBA(MeasuredCriterion):
     """
 
     name = "fastoba"
+    reads_parameters = True
     about = About(
         "FastOBA (Optimal Brain Apoptosis)",
         "arXiv 2502.17941; code NEU-REAL/OBA",

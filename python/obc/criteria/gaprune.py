@@ -48,6 +48,7 @@ class GAPrune(MeasuredCriterion):
     """
 
     name = "gaprune"
+    reads_parameters = True
     about = About(
         "GAPrune",
         "arXiv 2509.10844; code yixuantt/GAPrune",

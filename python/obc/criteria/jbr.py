@@ -29,6 +29,7 @@ class JBR(MeasuredRows):
     """
 
     name = "jbr"
+    reads_parameters = True
     about = About(
         "JBR",
         "no publication was confirmed",

@@ -58,6 +58,7 @@ class Criterion:
         allocation: the published allocation: a name or object for ``obc.prune(allocation=...)``.
         update: the published update: a value of ``obc.prune(compensate=...)``.
         per_cost: whether scores may be divided by a unit's cost; False for ranks and standardised scores.
+        reads_parameters: whether it reads weights for which no layer is called, too.
     """
 
     name: ClassVar[str] = ""
@@ -66,6 +67,7 @@ class Criterion:
     allocation: Any = None
     update: str | None = None
     per_cost: bool = True
+    reads_parameters: ClassVar[bool] = False
 
     def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
         """Scores of one group.

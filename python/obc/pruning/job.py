@@ -14,6 +14,7 @@ from torch import Tensor
 
 from obc.criteria import Jacobian, Subject
 from obc.criteria.masked_model import Evaluation
+from obc.criteria.parameter_rows import weights_outside_calls
 from obc.criteria.protocol import name_of
 from obc.criteria.refusals import said_of, scores_nothing
 from obc.criteria.rows import read_rows
@@ -198,6 +199,10 @@ class Job:
             self.note_importance(collected([], also, subject))
         if not rows:
             raise scores_nothing(criterion, subject.groups, _not_pruned(self.report.left_out))
+        if not getattr(criterion, "reads_parameters", False):
+            said = f"{name_of(criterion)!r} does not read weights for which no layer is called; 'jacobian' does"
+            outside = weights_outside_calls(subject.model, subject.groups, "gate")
+            self.report.unscored.update((name, said) for name, _ in outside)
         for name in {group.name for group in subject.groups} - set(rows):
             self.report.left_out[name] = f"the criterion {name_of(criterion)!r} has nothing to score in it"
         return rows
