@@ -425,10 +425,12 @@ def test_a_terminal_shows_rows_done_and_the_time_left() -> None:
     assert "<" in shown  # tqdm's elapsed<remaining
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are POSIX")
 def test_progress_can_be_switched_off_in_a_terminal() -> None:
     assert run_in_a_terminal(", progress=False") == ""
 
 
+@pytest.mark.slow
 def test_progress_can_be_switched_on_in_a_pipe() -> None:
     assert "5/5" in run_in_a_pipe(", progress=True")

@@ -338,6 +338,7 @@ def test_plot_shows_sorted_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert torch.equal(values, channels.out_channels.sort(descending=True).values.clamp_min(values.min()))
 
 
+@pytest.mark.slow
 def test_plot_leaves_matplotlib_alone(tmp_path: Path) -> None:
     """No backend is chosen and no figure stays open in pyplot."""
     import matplotlib
