@@ -324,3 +324,13 @@ def test_the_report_names_parameters_that_a_criterion_does_not_read(criterion: s
     said = f"{criterion!r} does not read weights for which no layer is called; 'jacobian' does"
     assert result.report.unscored == {f"branch.{name}": said for name in ("wq", "wk", "wv", "wo")}
     assert result.report.left_out["branch.wq"] == f"the criterion {criterion!r} has nothing to score in it"
+
+
+def test_collect_names_parameters_without_rows() -> None:
+    torch.manual_seed(0)
+    net, batches = KINDS["einsum heads"][0]().float(), [torch.randn(3, 5, 5) for _ in range(2)]
+    groups = TorchPruningStructure(net, batches[0]).groups
+    with pytest.warns(UserWarning, match=r"no rows of 'branch\.wq' \(no layer is called for this weight"):
+        found = obc.collect(net, batches, lambda net, x: losses_of(net, x).mean(), statistics="rows", groups=groups)
+    unread = {name for name, how in found.coverage["rows"].items() if not how.scored}
+    assert unread == {"branch.wq", "branch.wk", "branch.wv", "branch.wo"}

@@ -9,6 +9,7 @@ from torch import nn
 
 from obc.model.arguments import one_of
 from obc.model.groups import Side, Slices
+from obc.scoring.coverage import Coverage
 from obc.statistics.errors import StatisticsError
 from obc.statistics.reader import Groups
 
@@ -38,3 +39,10 @@ class Rows:
                 if part.module in names:
                     sides.setdefault(part.module, set()).add(part.side)
         return sides
+
+    def unread(self, model: nn.Module, groups: Groups) -> dict[str, Coverage]:
+        """The parameters of ``model`` outside layers that read channels of ``groups``, with why they have no rows."""
+        names = {name for name, _ in model.named_modules()}
+        consumers = [part for group in groups or () for part in group.consumers if part.side == "in"]
+        why = Coverage("unscored", "no layer is called for this weight; obc.prune reads its rows")
+        return {part.module: why for part in consumers if part.module not in names}

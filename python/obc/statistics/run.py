@@ -186,9 +186,10 @@ class _Run:
         self.readers, self.done = Readers(Part()), 0
         self.backward = any(one.backward for one in chosen)
         self.scorer: JacobianScorer | None = None
+        self._no_rows: dict[str, Coverage] = {}
         for one in chosen:
             if isinstance(one, Rows):
-                wanted = one.wanted(model, groups)
+                wanted, self._no_rows = one.wanted(model, groups), one.unread(model, groups)
                 if wanted is not None and not wanted:
                     raise NothingToReadError(one.name, f"these groups have nothing to read {one.name!r} from")
                 self.scorer = self._scorer(wanted)
@@ -352,7 +353,7 @@ class _Run:
         kept = None
         if self.scorer is not None:
             scores = self.scorer.scores()
-            kept, coverage["rows"] = scores.rows, dict(scores.coverage)
+            kept, coverage["rows"] = scores.rows, {**scores.coverage, **self._no_rows}
             left_out += [scores.metadata["left_out"]] if "left_out" in scores.metadata else []
         self._warn(coverage, left_out)
         metadata = {"model": type(self.model).__name__, "rows": self.rows, "obc": obc_version() or "unknown"}
@@ -392,6 +393,7 @@ class _Run:
 
     def _warn(self, coverage: Mapping[str, Mapping[str, Coverage]], left_out: Sequence[str]) -> None:
         lines = list(left_out[:3]) + ([f"and {len(left_out) - 3} more"] if len(left_out) > 3 else [])
+        lines += [f"no rows of {name!r} ({how.reason})" for name, how in self._no_rows.items()]
         for name in self.readers:
             unread = [f"{module!r} ({how.reason})" for module, how in coverage[name].items() if not how.scored]
             lines += [f"no {name} of {listed(unread)}"] if unread else []
