@@ -80,7 +80,7 @@ def general(reason: str) -> str:
     """A reason without names of layers and numbers, so that layers share it; of a long one the beginning."""
     reason = re.sub(r"'?\b(?!obc\.|torch\.)[A-Za-z_]\w*(?:\.\w+)+'?", "a layer", reason)
     reason = re.sub(r"a layer(?:(?:, | and )a layer)+", "layers", reason)
-    reason = re.sub(r"\d[\d.e+-]*", "N", reason)
+    reason = " ".join(re.sub(r"\d[\d.e+-]*", "N", reason).split())  # einops writes several lines
     return reason if len(reason) <= 160 else f"{reason[:157]}..."
 
 

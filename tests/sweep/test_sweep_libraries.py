@@ -149,6 +149,7 @@ def test_a_page_counts_what_is_seen() -> None:
 
 def test_reasons_lose_names_and_numbers() -> None:
     assert general("features.stage1.conv, b.c and 'd.e' read 12 of 1.5e-3") == "layers read N of N"
+    assert general("EinopsError:  Error in\n rearrange") == "EinopsError: Error in rearrange"
 
 
 @pytest.mark.parametrize("name", FILES)
