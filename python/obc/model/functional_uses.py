@@ -50,7 +50,8 @@ class LayerCalls(WeightWatch):
         self.seen, self.others = False, dict[str, str]()
         self._models, self._noted = list(models), set[nn.Module]()
         computing: list[nn.Module] = []
-        super().__init__(self._weights(computing), computing, lasting)
+        with torch._C.DisableTorchFunctionSubclass():  # another watch may see the weights
+            super().__init__(self._weights(computing), computing, lasting)
 
     def _modules(self) -> Iterator[nn.Module]:
         left, known = list(self._models), set[nn.Module]()
@@ -71,7 +72,8 @@ class LayerCalls(WeightWatch):
 
     def __enter__(self) -> LayerCalls:
         self._hooks = _saved_tensors_hooks()
-        self._follow_aliases()
+        with torch._C.DisableTorchFunctionSubclass():
+            self._follow_aliases()
         super().__enter__()
         return self
 
