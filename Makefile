@@ -34,17 +34,17 @@ help: ## list the commands
 setup: $(VENV)/obc.stamp ## create .venv, install everything into it and build the native kernels
 
 # torch and the build's tools come before obc, whose build runs without isolation: one torch, not two. (pip refuses a
-# constraint for build environments where there is none.)
+# constraint for build environments where there is none.) Bytecode is made of what is imported, not of everything.
 $(VENV)/tools.stamp: $(CONSTRAINTS)
 	@echo "Installing torch and the build's tools into $(VENV): minutes, the first time"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet torch 'setuptools>=77' pybind11 cmake ninja
+	$(BIN)/python -m pip install --quiet --no-compile torch 'setuptools>=77' pybind11 cmake ninja
 	@touch $@
 
 $(VENV)/obc.stamp: $(VENV)/tools.stamp pyproject.toml setup.py CMakeLists.txt $(NATIVE)
 	@echo "Building and installing obc with everything that its demo, tests and linters need"
-	env -u PIP_BUILD_CONSTRAINT $(BIN)/python -m pip install --quiet --no-build-isolation --check-build-dependencies --editable '.[dev,triton]'
+	env -u PIP_BUILD_CONSTRAINT $(BIN)/python -m pip install --quiet --no-compile --no-build-isolation --check-build-dependencies --editable '.[dev,triton]'
 	@touch $@
 
 demo: setup ## train small networks on digits, prune them by four criteria, print what each kept
