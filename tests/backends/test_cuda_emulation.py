@@ -78,7 +78,7 @@ WEIGHT_CASES += [
 ]
 
 
-@pytest.mark.sampled(members=60)
+@pytest.mark.sampled(members=24)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CHANNEL_CASES, ids=test_channel_dot.case_id)
 def test_channel_dot_matches_reference(dtype: torch.dtype, case: tuple[tuple[int, ...], int]) -> None:

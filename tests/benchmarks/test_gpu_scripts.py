@@ -309,9 +309,8 @@ def test_sanitized_calls_run(tmp_path: Path) -> None:
 DRY = ["defaults", "bandwidth", "launches", "pruning", "fold", "end_row"]
 
 
-@pytest.mark.parametrize(
-    "sections", [DRY, pytest.param(["rows", "scoring"], marks=pytest.mark.slow)], ids=["operators", "models"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("sections", [DRY, ["rows", "scoring"]], ids=["operators", "models"])
 def test_benchmarks_dry_run(sections: list[str], tmp_path: Path) -> None:
     """The code that runs on a GPU, on the CPU: in a process of its own, because a dry run is for good."""
     arguments = ["--dry-run", "--out", tmp_path, "--sections", *sections]

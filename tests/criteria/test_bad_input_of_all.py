@@ -67,7 +67,7 @@ def scored_or_refused(name: str, subject: Subject) -> tuple[dict[str, Tensor], s
         return {}, str(error)
 
 
-@pytest.mark.sampled(members=60)
+@pytest.mark.sampled(members=24)
 @pytest.mark.parametrize("name", criteria.available())
 @pytest.mark.parametrize("kind", ["heads", "expert_ffn", "experts", "layers"])
 def test_groups_are_scored_or_refused(name: str, kind: str) -> None:

@@ -52,6 +52,7 @@ def pruned(bad: int | None, **options: Any) -> obc.PruningResult:
     return obc.prune(Net(), data(None)[0][0], batches, loss, steps=2, progress=False, **copy.deepcopy(options))
 
 
+@pytest.mark.sampled(members=7)
 @pytest.mark.parametrize("name", CRITERIA)
 @pytest.mark.parametrize("bad", [0, 5])
 def test_a_batch_whose_loss_is_not_finite_is_left_out_and_named(name: str, bad: int) -> None:

@@ -45,7 +45,7 @@ def phi3_and_llama() -> tuple[nn.Module, nn.Module]:
     return phi3, llama
 
 
-@pytest.mark.sampled(members=8)
+@pytest.mark.sampled(members=5)
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_fused_projections_score_as_separate_ones(criterion: str) -> None:
     fused, separate = (subject_of(model) for model in phi3_and_llama())

@@ -30,7 +30,13 @@ def test_every_example_is_run() -> None:
 
 
 # tests/docs runs the tutorial on a CNN, which says the same as the first.
-SLOW = ("prune_image_model.py", "recover_on_two_processes.py", "two_processes.py")
+SLOW = (
+    "own_criterion.py",
+    "prune_detector.py",
+    "prune_image_model.py",
+    "recover_on_two_processes.py",
+    "two_processes.py",
+)
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def forward(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Any:
     return model(batch[0])
 
 
-@pytest.mark.sampled(members=10)
+@pytest.mark.sampled(members=5)
 @pytest.mark.parametrize("criterion", sorted(set(criteria.available()) - OTHERS))
 def test_a_group_is_scored_as_in_obc_prune(criterion: str) -> None:
     recipe = RECIPES["chain" if criterion != "bn_scale" else "flatten"]

@@ -67,6 +67,7 @@ def session(path: Path) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
+@pytest.mark.slow
 def test_a_pruned_language_model_runs_in_onnx_runtime(tmp_path: Path) -> None:
     model = pruned(uniform=True)
     assert model.config.intermediate_size < 96

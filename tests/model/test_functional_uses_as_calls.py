@@ -244,6 +244,7 @@ def test_classes_are_restored_and_leave_no_trace() -> None:
     assert not hasattr(half, "use")
 
 
+@pytest.mark.sampled(members=5)
 @pytest.mark.parametrize("kind", list(PAIRS))
 def test_groups_and_costs_are_those_of_calls(kind: str) -> None:
     model, other, x, _ = pair(kind)
@@ -267,7 +268,7 @@ def test_statistics_are_those_of_calls(kind: str) -> None:
     assert found[0].coverage == found[1].coverage
 
 
-@pytest.mark.sampled(members=12)
+@pytest.mark.sampled(members=6)
 @pytest.mark.parametrize("mode", ["correct", "ls", "seq"])
 @pytest.mark.parametrize("kind", list(PAIRS))
 def test_compensation_is_that_of_calls(kind: str, mode: Any) -> None:

@@ -110,6 +110,7 @@ def test_every_recorder_writes_the_sizes_from_before(name: str) -> None:
     plan.verify(model.state_dict(), pruned)
 
 
+@pytest.mark.sampled(members=2)
 @pytest.mark.parametrize("name", ["grouped", "flatten", "kinds", "transformer"])
 def test_a_layer_of_another_size_is_refused(name: str) -> None:
     """Every entry of every kind of layer in turn; the model is unchanged."""

@@ -104,6 +104,7 @@ def test_channel_dot_of_any_shape_and_strides(
         check(activation.to(device), grad.to(device), channel_dim, per_sample)
 
 
+@pytest.mark.sampled(members=3)
 @pytest.mark.parametrize("device", KERNEL_TARGETS, indirect=True)
 @pytest.mark.parametrize(("shape", "channel_dim"), [((8, 32, 32, 32), 1), ((2, 512, 258), 2), ((9, 4, 8191), 1)])
 @pytest.mark.parametrize("layout", [LAYOUTS[0], LAYOUTS[1], LAYOUTS[2]], ids=layout_id)

@@ -60,7 +60,7 @@ def digest(scores: obc.Scores) -> str:
 # --- runs ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.sampled(members=27)
+@pytest.mark.sampled(members=9)
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_runs_have_the_same_bits(family: str, rows: str) -> None:
@@ -164,6 +164,7 @@ THIRD = list(FAMILIES)[::3]
 OTHERS = pytest.param([family for family in FAMILIES if family not in THIRD], marks=pytest.mark.slow)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("families", [THIRD, OTHERS], ids=["a third", "the others"])
 def test_threads_change_scores_only_where_they_change_torch(families: list[str], threads: None) -> None:
     same_for_torch = [family for family in families if not change_of_threads(family)]

@@ -138,7 +138,7 @@ def test_fold_without_factors_is_a_copy(device: str, dtype: torch.dtype, fold: C
         assert weight.any()
 
 
-@pytest.mark.sampled(members=20)
+@pytest.mark.sampled(members=8)
 @pytest.mark.parametrize("device", TARGETS, indirect=True)
 @pytest.mark.parametrize(
     "case",
@@ -195,7 +195,7 @@ def with_kept(factor: Tensor | None, dim: int) -> Tensor | None:
     return torch.cat([identity, blocks], dim)
 
 
-@pytest.mark.sampled(members=8)
+@pytest.mark.sampled(members=5)
 @pytest.mark.parametrize("channels_innermost", [False, True])
 @pytest.mark.parametrize("case", REDUCED, ids=str)
 def test_factors_of_dropped_channels_fold_like_whole_ones(case: Case, channels_innermost: bool) -> None:

@@ -37,7 +37,7 @@ def llama_pruned(**options: Any) -> obc.PruningResult:
     return obc.prune(case.model, batches=case.batches, loss_fn=case.loss, **options)
 
 
-@pytest.mark.sampled(members=14)
+@pytest.mark.sampled(members=7)
 @pytest.mark.parametrize("name", sorted(set(criteria.available()) - OF_OTHERS - {"masked"}))
 def test_every_criterion_prunes_a_llama(name: str) -> None:
     report = llama_pruned(criterion=name, min_units=1).report

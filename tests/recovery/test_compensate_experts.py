@@ -194,6 +194,7 @@ def inner(module: Any, expert: int, x: Tensor) -> Tensor:
     return (up + 1) * gate * torch.sigmoid(1.702 * gate)
 
 
+@pytest.mark.sampled(members=3)
 @pytest.mark.parametrize(("family", "left"), [("mixtral", 3), ("deepseek-v3", 6)])
 @pytest.mark.parametrize("mode", MODES)
 def test_experts_that_are_gone_leave_the_others_theirs(mode: str, family: str, left: int) -> None:

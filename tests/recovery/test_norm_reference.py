@@ -127,6 +127,7 @@ def test_other_calibration_data_do_less_harm(name: str) -> None:
     assert error(found.model, found.original, test) < 0.8 * error(plain, found.original, test)
 
 
+@pytest.mark.sampled(members=2)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_prune_and_compensate_compare_with_the_unpruned_model(name: str) -> None:
     """Hardly anything is pruned, on other data than the training data: hardly anything may change."""

@@ -49,6 +49,7 @@ def error(model: nn.Module, original: nn.Module, batches: list[Any]) -> float:
     return float(torch.stack(differences).mean())
 
 
+@pytest.mark.sampled(members=3)
 @pytest.mark.parametrize("family", DENSE)
 def test_least_squares_lowers_the_error_on_batches_that_nothing_saw(family: str) -> None:
     case = FAMILIES[family]()

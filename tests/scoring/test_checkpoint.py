@@ -61,9 +61,8 @@ def assert_survives(kills: int, variant: tuple[str, ...], folder: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the runs are forked")
-@pytest.mark.parametrize(
-    "variant", [VARIANTS[0], *(pytest.param(variant, marks=pytest.mark.slow) for variant in VARIANTS[1:])], ids="-".join
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS, ids="-".join)
 def test_three_kills(variant: tuple[str, ...], tmp_path: Path) -> None:
     assert_survives(3, variant, tmp_path)
 

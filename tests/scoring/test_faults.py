@@ -80,7 +80,7 @@ def in_the_batches(case: Case, fault: Fault) -> list[Any]:
 PLACES = [in_forward, in_backward, in_the_loss, in_the_batches]
 
 
-@pytest.mark.sampled(members=36)
+@pytest.mark.sampled(members=12)
 @pytest.mark.parametrize("rows", ["batch", "sample"])
 @pytest.mark.parametrize("calls", [0, 1, 2])
 @pytest.mark.parametrize("error", ERRORS)

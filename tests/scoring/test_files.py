@@ -170,6 +170,7 @@ KILLED_AT_EVERY_CALL = """
 NEW_FILES = ["config.json", "model.safetensors", "plan.json", "report.json"]
 
 
+@pytest.mark.slow
 def test_a_folder_is_the_old_one_the_new_one_or_says_that_it_is_unfinished(tmp_path: Path) -> None:
     """Killed at each call of the operating system: over a sharded model, and over nothing."""
     old = [

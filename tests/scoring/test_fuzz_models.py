@@ -110,6 +110,7 @@ def compare(got: Tensor | None, expected: Tensor | None, scale: float, where: st
         assert relative <= TOLERANCE, f"{where}: relative error {relative:.1e}"
 
 
+@pytest.mark.sampled(members=10)
 @pytest.mark.parametrize("number", MODELS)
 def test_random_models_match_the_oracle(number: int) -> None:
     case = random_case(number)

@@ -157,6 +157,7 @@ def test_rows_of_two_dtypes(where: str, tmp_path: Path) -> None:
     assert_consistent(scores)
 
 
+@pytest.mark.sampled(members=3)
 @pytest.mark.parametrize("where", PLACES)
 @pytest.mark.parametrize("rows", ["batch", "sample"])
 def test_many_rows_from_a_generator(where: str, rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -186,7 +186,7 @@ def explicit(model: nn.Module, batches: list[Any], rows: str) -> dict[str, tuple
 
 
 # A use that depends on the batch's size has no rows of samples, unless gates read all samples at once.
-@pytest.mark.sampled(members=20)
+@pytest.mark.sampled(members=8)
 @pytest.mark.parametrize(
     ("kind", "rows"),
     [(kind, rows) for kind in MODELS for rows in ("batch", "sample") if (kind, rows) != ("einsum by size", "sample")],

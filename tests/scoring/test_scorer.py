@@ -243,7 +243,7 @@ def test_a_context_can_be_entered_again() -> None:
 # --- the model afterwards ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.sampled(members=27)
+@pytest.mark.sampled(members=9)
 @pytest.mark.parametrize("rows", ["batch", "sample"])
 @pytest.mark.parametrize("family", sorted({*OWN, *NASTY}))
 def test_score_leaves_the_model_as_it_was(family: str, rows: str) -> None:
@@ -414,6 +414,7 @@ def run_in_a_terminal(options: str) -> str:
     return shown.decode()
 
 
+@pytest.mark.slow
 def test_a_pipe_gets_no_progress() -> None:
     assert run_in_a_pipe("") == ""
 

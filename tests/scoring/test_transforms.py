@@ -89,7 +89,7 @@ CASES: dict[str, tuple[type[Net], Callable[[nn.Module, Any], Tensor], list[str]]
 }
 
 
-@pytest.mark.sampled(members=12)
+@pytest.mark.sampled(members=6)
 @pytest.mark.parametrize("rows", ["batch", "sample"])
 @pytest.mark.parametrize("name", CASES)
 def test_scores_are_those_of_weight_gradients(name: str, rows: Any) -> None:

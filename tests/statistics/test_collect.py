@@ -157,6 +157,7 @@ def test_gram_weights_samples_and_tokens() -> None:
         collect(case.model, batches, statistics=[Gram(weight=lambda b: torch.ones(3))], forward_fn=run)
 
 
+@pytest.mark.sampled(members=3)
 @pytest.mark.parametrize("name", CASES)
 def test_together_equals_each_alone(name: str) -> None:
     """Also together with rows and gradients, and in any order."""

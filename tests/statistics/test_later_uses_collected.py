@@ -145,7 +145,7 @@ def net(use: Any, begin: int, computed: str = "parameter", image: bool = False) 
     return model.eval()
 
 
-@pytest.mark.sampled(members=30)
+@pytest.mark.sampled(members=12)
 @pytest.mark.parametrize("computed", list(COMPUTED))
 @pytest.mark.parametrize("begin", [0, LATE])
 @pytest.mark.parametrize("use", list(AS_CALLS))
@@ -202,7 +202,7 @@ def test_a_weight_gradient_has_all_uses() -> None:
     assert found.coverage["weight_gradients"]["middle"] == "weight gradient"
 
 
-@pytest.mark.sampled(members=12)
+@pytest.mark.sampled(members=6)
 @pytest.mark.parametrize("mode", ["correct", "ls", "seq"])
 @pytest.mark.parametrize("use", [*AS_CALLS, *NAMED])
 def test_compensation_sees_or_names_late_uses(use: Any, mode: Any) -> None:

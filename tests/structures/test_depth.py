@@ -203,6 +203,7 @@ def test_costs_are_those_of_what_is_left(name: str) -> None:
     assert structure.costs("parameters").total() == sum(parameter.numel() for parameter in model.parameters())
 
 
+@pytest.mark.sampled(members=3)
 @pytest.mark.parametrize("per_sample", [False, True])
 @pytest.mark.parametrize("name", ["llama", "bert", "vit"])
 def test_rows_are_the_derivative_by_a_gate_on_what_is_added(name: str, per_sample: bool) -> None:

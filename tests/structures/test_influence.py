@@ -137,6 +137,7 @@ WIDE: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.sampled(members=3)
 @pytest.mark.parametrize("name", WIDE)
 def test_what_many_channels_influence_is_found_in_few_passes(name: str) -> None:
     """Truth: the derivatives of what is read."""
@@ -237,6 +238,7 @@ BETWEEN: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
 }
 
 
+@pytest.mark.sampled(members=4)
 @pytest.mark.parametrize("name", BETWEEN)
 def test_inputs_depend_on_the_channels_that_their_derivative_depends_on(name: str) -> None:
     between, fast = BETWEEN[name]

@@ -110,6 +110,7 @@ def test_macs_of_every_stage_are_those_that_run(name: str) -> None:
     assert structure.costs("parameters").total() == parameters
 
 
+@pytest.mark.slow
 def test_a_budget_is_met() -> None:
     model = made("mobilevit").float()
     batches = [{"pixel_values": pixels().float(), "labels": torch.tensor([0, 1])} for _ in range(8)]

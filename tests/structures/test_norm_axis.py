@@ -53,7 +53,7 @@ class Shuffled(nn.Module):
         return x.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)
 
 
-@pytest.mark.sampled(members=12)
+@pytest.mark.sampled(members=6)
 @pytest.mark.parametrize("shuffled", [False, True], ids=["traced", "run"])
 @pytest.mark.parametrize("size", [(6, 8), (8, 6), (8, 8), (6, 6)], ids=str)
 @pytest.mark.parametrize("kind", KINDS)

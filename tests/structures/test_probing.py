@@ -117,7 +117,7 @@ def images() -> Tensor:
     return torch.randn(4, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.sampled(members=15)
+@pytest.mark.sampled(members=8)
 @pytest.mark.parametrize("name", WRITTEN)
 @pytest.mark.parametrize("count", [1, 2])
 def test_models_that_people_write_are_pruned_exactly(name: str, count: int) -> None:

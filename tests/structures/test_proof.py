@@ -158,6 +158,7 @@ def test_after_searches_that_took_long_tracing_is_given_up(monkeypatch: pytest.M
     assert "its search does not end" in structure.left_out["1.2"]
 
 
+@pytest.mark.sampled(members=3)
 @pytest.mark.parametrize("name", ["depthwise", "norm", "slopes"])
 @pytest.mark.parametrize("order", ["as it is", "flip"])
 def test_layers_between_do_not_hide_the_order(name: str, order: str) -> None:
@@ -229,6 +230,7 @@ class ShuffleNet(nn.Module):
         return self.head(self.g2(self.dw(y)).mean((2, 3)))
 
 
+@pytest.mark.sampled(members=3)
 @pytest.mark.parametrize(("channels", "groups", "units"), [(12, 3, 1), (27, 3, 3), (24, 2, 6), (20, 2, 5), (68, 4, 4)])
 def test_shuffles_between_grouped_convolutions_are_pruned_exactly(channels: int, groups: int, units: int) -> None:
     """A unit has one channel of every group that goes to every group; the rest of uneven groups always stays."""

@@ -246,6 +246,7 @@ STAYING: dict[str, tuple[Callable[[], Net], dict[str, int], dict[str, str]]] = {
 }
 
 
+@pytest.mark.sampled(members=3)
 @pytest.mark.parametrize("name", STAYING)
 def test_what_stays_is_named_with_the_reason(name: str) -> None:
     build, sizes, reasons = STAYING[name]

@@ -125,7 +125,7 @@ def logits(model: Any) -> Tensor:
         return model(**inputs()).logits
 
 
-@pytest.mark.sampled(members=8)
+@pytest.mark.sampled(members=5)
 @pytest.mark.parametrize("name", CASES)
 def test_a_head_is_what_the_output_projection_reads(name: str, tmp_path: Any) -> None:
     case = CASES[name]

@@ -220,7 +220,7 @@ def close(got: Tensor, expected: Tensor, scale: float) -> None:
     torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-4 * scale)
 
 
-@pytest.mark.sampled(members=8)
+@pytest.mark.sampled(members=5)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_group_scores_are_sums_of_squares_of_float64_weight_gradients(family: str) -> None:
     case = FAMILIES[family]()

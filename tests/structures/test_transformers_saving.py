@@ -37,6 +37,7 @@ def uneven(model: nn.Module) -> TransformersStructure:
     return structure
 
 
+@pytest.mark.sampled(members=6)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_uneven_widths_round_trip(family: str, tmp_path: Path) -> None:
     case = FAMILIES[family]()
@@ -48,7 +49,7 @@ def test_uneven_widths_round_trip(family: str, tmp_path: Path) -> None:
     assert list(loaded.state_dict()) == list(case.model.state_dict())
 
 
-@pytest.mark.sampled(members=16)
+@pytest.mark.sampled(members=8)
 @pytest.mark.parametrize("kinds", [(), ("query_heads", "ffn"), ("embedding",)], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_applied_plan_also_sets_counts(family: str, kinds: tuple[str, ...]) -> None:
