@@ -219,9 +219,9 @@ def test_heads_that_a_module_counts_elsewhere_stay() -> None:
     model.attentions[0] = Fixed("separate").double()  # type: ignore[union-attr]
     structure = TorchPruningStructure(model, x)
     assert list(half_of_the_heads(structure)) == ["attentions.1.to_q"]
-    assert "attentions.0.to_q" in structure.left_out
+    assert "attentions.0.to_v" in structure.left_out
     before = model(x)
     with pytest.raises(KeyError):
-        structure.remove({"attentions.0.to_q": torch.tensor([0])})
+        structure.remove({"attentions.0.to_v": torch.tensor([0])})
     assert torch.equal(model(x), before)
     assert model.attentions[0].heads == 4  # type: ignore[union-attr]

@@ -126,9 +126,9 @@ def _means(both: Sequence[WeightGradientSums]) -> list[Tensor]:
 
 
 def _mean_channels(group: ChannelGroup, rows: Mapping[str, Sided]) -> Tensor:
-    """(units, all consumers' channels of a unit) the mean row of each channel."""
+    """(units, all channels of a unit that gates read) the mean row of each channel."""
     parts = []
-    for part in group.consumers:
+    for part in group.gates:
         if part.module in rows:
             sided = rows[part.module]
             values = sided.in_channels if part.side == "in" else sided.out_channels

@@ -60,12 +60,15 @@ class ChannelGroup:
         kind: "channels", "heads", "experts" or another word for the units.
         multiplied: layers and parameters whose channels a product outside layers reads, those of queries with those of
             keys; without a unit it reads zeros.
+        read_at: of a group whose channels products of activations read, the slices where activation times gradient
+            shows all that reads them, of queries and keys those of one of both; empty if layers read all of them.
     """
 
     name: str
     slices: tuple[Slice, ...]
     kind: str = "channels"
     multiplied: tuple[str, ...] = ()
+    read_at: tuple[Slice, ...] = ()
 
     @property
     def size(self) -> int:
@@ -85,23 +88,23 @@ class ChannelGroup:
         """
         return tuple(part for part in self.slices if part.side == "in") or self.slices[-1:]
 
+    @property
+    def gates(self) -> tuple[Slice, ...]:
+        """The slices where one gate per unit reads: its consumers, or :attr:`read_at`."""
+        return self.read_at or self.consumers
+
     def parts(self, rows: Mapping[str, Sided]) -> dict[tuple[str, Side], Tensor]:
         """(N, units) rows of every slice that has rows: w_m . dL_n/dw_m, summed over the slice's own channels."""
-        found = {}
-        for part in self.slices:
-            values = _values(rows, part)
-            if values is not None:
-                found[part.module, part.side] = values[..., part.channels.to(values.device)].sum(-1)
-        return found
+        return _summed(self.slices, rows)
 
     def gate_rows(self, rows: Mapping[str, Sided]) -> Tensor | None:
         """(N, units) rows of one gate per unit: the sum of its consumers' rows; None if no consumer has rows.
 
         r_g[n] = sum over consumers of w_in . dL_n/dw_in, before squaring. It equals the sum over the producers' rows
-        wherever the operations between are positively homogeneous.
+        wherever the operations between are positively homogeneous. Of channels that products of activations read,
+        those of queries with those of keys, it is y . dL_n/dy of the channels y of one of both.
         """
-        consumers = {(part.module, part.side) for part in self.consumers}
-        parts = [values for part, values in self.parts(rows).items() if part in consumers]
+        parts = list(_summed(self.gates, rows).values())
         return torch.stack(parts).sum(0) if parts else None
 
     def scores(self, rows: Mapping[str, Sided], slices: Slices = "all") -> Tensor | None:
@@ -111,6 +114,15 @@ class ChannelGroup:
             return None if gate is None else gate.square().sum(0)
         parts = [values.square().sum(0) for values in self.parts(rows).values()]
         return torch.stack(parts).sum(0) if parts else None
+
+
+def _summed(slices: Sequence[Slice], rows: Mapping[str, Sided]) -> dict[tuple[str, Side], Tensor]:
+    found = {}
+    for part in slices:
+        values = _values(rows, part)
+        if values is not None:
+            found[part.module, part.side] = values[..., part.channels.to(values.device)].sum(-1)
+    return found
 
 
 def _values(rows: Mapping[str, Any], part: Slice) -> Tensor | None:

@@ -35,7 +35,7 @@ class Rows:
         names = {name for name, _ in model.named_modules()}
         sides: dict[str, set[Side]] = {}
         for group in (one for one in groups if not one.is_depth):
-            for part in group.consumers if self.slices == "gate" else group.slices:
+            for part in group.gates if self.slices == "gate" else group.slices:
                 if part.module in names:
                     sides.setdefault(part.module, set()).add(part.side)
         return sides

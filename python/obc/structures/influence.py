@@ -28,6 +28,7 @@ from obc.model.layouts import is_depthwise
 from obc.model.names import joined, named_modules
 from obc.model.recurrent import is_recurrent
 from obc.model.shared_copy import parameter_uses, replace_parameter
+from obc.structures.contractions import Contractions
 from obc.structures.influence_sets import change, usual_passes, with_bit
 from obc.structures.probing import Prober, changed, pattern, sums
 from obc.structures.weight_products import WeightProducts
@@ -106,7 +107,11 @@ def weight_products(model: nn.Module, run: Run, rank: int) -> WeightProducts:
 
 
 def influences(
-    model: nn.Module, run: Run, sources: Mapping[str, Source], products: WeightProducts | None = None
+    model: nn.Module,
+    run: Run,
+    sources: Mapping[str, Source],
+    products: WeightProducts | None = None,
+    contractions: Contractions | None = None,
 ) -> tuple[dict[str, Influence], int]:
     """(key of each source -> its influence, number of forward passes).
 
@@ -117,7 +122,11 @@ def influences(
     """
     if len(_KINDS) * len(sources) > _MOST_IN_ALL:
         raise TooManyPassesError(_TOO_MANY.format(f"up to {len(_KINDS) * len(sources)}"))
-    prober = Prober(model, run, products)
+    prober = Prober(model, run, products, contractions)
+    if contractions is not None:
+        _learn(prober, sources, contractions)
+        if not contractions.found:
+            return {}, prober.passes
     found, noticed = _reached(prober, sources)
     sets = [{key: sources[key] for key in keys} for keys in _together(prober, found)]
     at_once = len(sources) + 2 * len(_KINDS) * (max((one.size for one in sources.values()), default=1)).bit_length()
@@ -142,6 +151,21 @@ def influences(
             influence.unexamined = _TOO_MANY.format(takes)
             influence.inputs = {name: _all_together(one) for name, one in influence.inputs.items()}
     return found, prober.passes
+
+
+def _learn(prober: Prober, sources: Mapping[str, Source], contractions: Contractions) -> None:
+    """Change single channels of every source, some next to each other and some far apart."""
+    contractions.learning, left = True, {*sources}
+    while left and prober.passes < _MOST_IN_ALL:
+        _read(prober, sources, {})
+        if not contractions.products:
+            break
+        for key, source in ((key, one) for key, one in sources.items() if key in left):
+            for channel in sorted({share * source.size // 3 + more for share in range(3) for more in (0, 1)}):
+                if channel < source.size:
+                    _read(prober, sources, {key: torch.arange(source.size, device="cpu") == channel})
+        left = contractions.learned()
+    contractions.learning = False
 
 
 def _within(most: int, sets: list[tuple[dict[str, Source], int]]) -> list[dict[str, Source]]:
@@ -200,7 +224,7 @@ def _tell_at_once(
     for key, source in ((key, sources[key]) for key, one in found.items() if one.inputs):
         now = changed(before, _read(prober, sources, {key: torch.arange(source.size, device="cpu") % 2 == 1}))
         mixed = any(name in now and 4 * now[name].sum() > 3 * one.sum() for name, one in noticed[0][key].items())
-        several += [key] if source.size > 1 and not mixed and not prober.products.meeting(key) else []
+        several += [key] if source.size > 1 and not mixed and not prober.meeting(key) else []
     told = {key: {name: torch.zeros_like(one) for name, one in found[key].inputs.items()} for key in several}
     for (prober.scale, prober.sign), seen in zip(_KINDS, noticed, strict=True):
         numbers = _numbers_read(prober, {key: sources[key] for key in several})
@@ -239,7 +263,7 @@ def _together(prober: Prober, found: Mapping[str, Influence]) -> list[list[str]]
     for key, influence in found.items():
         if not influence.inputs:
             continue
-        own = influence.inputs.keys() | prober.products.meeting(key)
+        own = influence.inputs.keys() | prober.meeting(key)
         taken = next((one for one in sets if not one[0] & own), None)
         if taken is None:
             taken = (set(), [])

@@ -8,7 +8,7 @@ that something but a layer reads also stay, with everything that goes together w
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,6 +20,7 @@ from obc.model.layouts import is_depthwise, layout_of, loose_buffers
 from obc.model.names import joined, named_modules
 from obc.model.recurrent import is_recurrent
 from obc.model.rules import Rule, rule_for
+from obc.structures.contractions import Contractions, contraction_of, is_contraction
 from obc.structures.influence import Influence, Source, TooManyPassesError, influences, weight_products
 from obc.structures.probing import reads_channels
 from obc.structures.removal import size_of
@@ -40,6 +41,8 @@ class Coupled:
         kinds: (classes,) classes of the same kind take the same numbers of channels of the same layers.
         dims: parameter or buffer outside layers -> its dimension of channels.
         in_dims: parameter outside layers -> the dimension along which products read channels.
+        gates: of classes that products of activations read, the channels at which all that reads them is seen once;
+            of the others, those that layers read. Empty if channels do not end at such products.
     """
 
     layers: list[str]
@@ -48,6 +51,7 @@ class Coupled:
     kinds: Tensor
     dims: dict[str, int] = field(default_factory=dict)
     in_dims: dict[str, int] = field(default_factory=dict)
+    gates: Members = field(default_factory=dict)
 
 
 @dataclass
@@ -76,6 +80,7 @@ def coupled_channels(
     fixed: Mapping[str, str],
     taken: Collection[str | tuple[str, Side]],
     rank: int = 0,
+    contracted: bool = False,
 ) -> Findings:
     """What running ``model`` shows of ``layers``.
 
@@ -86,13 +91,16 @@ def coupled_channels(
         fixed: layer -> why its outputs keep their widths.
         taken: layers and parameters whose channels belong to other groups: by name, or one side of them.
         rank: where weights outside layers share several dimensions with what they multiply, which of them counts.
+        contracted: channels end at products of activations that sum over them, and at other sums over them.
     """
     products = weight_products(model, run, rank)
     sources = _sources(model, layers, taken, products)
     try:
-        found, passes = influences(model, run, sources, products)
+        found, passes = influences(model, run, sources, products, Contractions() if contracted else None)
     except TooManyPassesError as error:
         return Findings(reasons=dict.fromkeys(layers, str(error)))
+    if not found:  # nothing ends at such products
+        return Findings(passes=passes)
     _keep_one_dimension(sources, found, rank)
     _number_by_weights(sources, found)
     findings = Findings(passes=passes, ranks=products.ranks)
@@ -112,7 +120,8 @@ def coupled_channels(
             findings.read_elsewhere.add(key)
         elif found[key].unexamined:
             blocked[key] = found[key].unexamined
-    findings.coupled = classes.components(blocked)
+    components = classes.components(blocked)
+    findings.coupled = [part for one in components for part in _one_by_one(one, model, sources, found, wide)]
     free = {layer for one in findings.coupled for layer in one.layers}
     for name in layers:
         if name not in free:
@@ -227,7 +236,7 @@ class _Classes:
                 narrow = possible & ~wide[key]
                 for place, channel in narrow.nonzero().tolist():
                     node = start[key] + channel
-                    units.join(node, first.setdefault((name, place), node))
+                    units.join(node, first.setdefault((contraction_of(name), place), node))
         same: dict[tuple[str, Side, int], int] = {}
         for key, source in sources.items():  # a layer's weight and bias, and what it reads when it is called
             for channel in range(source.size if source.name != source.parameter else 0):
@@ -238,6 +247,8 @@ class _Classes:
         # Key of a source -> the class of each channel; (module, place of its input) -> class.
         self._classes = {key: [units.find(start[key] + one) for one in range(sources[key].size)] for key in sources}
         self._reading = {place: units.find(node) for place, node in first.items()}
+        self._found = found
+        self._contracted = {root for (name, _), root in self._reading.items() if is_contraction(f"{name} ")}
 
     def _members(self) -> dict[int, list[tuple[str, Side, int]]]:
         """Class -> (module, side, channel) of what goes with it."""
@@ -246,7 +257,7 @@ class _Classes:
             for channel, root in enumerate(classes):
                 members.setdefault(root, []).append((self._sources[key].name, self._sources[key].side, channel))
         for (name, place), root in self._reading.items():
-            if is_product(name):
+            if name not in self._modules:  # a product
                 continue
             side: Side = "in" if reads_channels(self._modules[name]) else "out"
             members[root].append((name, side, place))
@@ -275,7 +286,7 @@ class _Classes:
         """The classes that can go, by the layers that they have channels of."""
         stays = self.stays(blocked)
         going = {root: sorted(own) for root, own in self._members().items() if root not in stays}
-        read = [root for root, own in going.items() if any(side == "in" for _, side, _ in own)]
+        read = [root for root, own in going.items() if root in self._contracted or _is_read(own)]
         keys = list(self._sources)
         together = Units(len(keys))
         owner: dict[int, int] = {}
@@ -314,10 +325,74 @@ class _Classes:
         if not once or not layers:
             return None
         names = list(dict.fromkeys(layers))
-        return Coupled(names, members, len(roots), torch.tensor(numbers, device="cpu"), dims["out"], dims["in"])
+        gates: Members = {}
+        for number, root in enumerate(roots if not self._contracted.isdisjoint(roots) else ()):
+            for name, side, channel in self._gates(root, going[root]):
+                gates.setdefault((name, side), {})[channel] = number
+        return Coupled(names, members, len(roots), torch.tensor(numbers, device="cpu"), dims["out"], dims["in"], gates)
+
+    def _gates(self, root: int, own: Sequence[tuple[str, Side, int]]) -> Iterator[tuple[str, Side, int]]:
+        """Where activation times gradient shows all that reads a class: of queries and keys at one of both."""
+        if root not in self._contracted:
+            yield from (one for one in own if one[1] == "in")
+            return
+        seen: dict[str, dict[str, list[tuple[str, int]]]] = {}  # source -> what reads it -> (as which operand, channel)
+        for key, classes in self._classes.items():
+            channels = torch.tensor([one == root for one in classes], device="cpu") & ~self._wide[key]
+            for name, inputs in self._found[key].inputs.items() if self._sources[key].parameter is None else ():
+                if name not in self._modules or reads_channels(self._modules[name]):
+                    places = (inputs & channels).any(0).nonzero()[:, 0].tolist()
+                    if places:
+                        seen.setdefault(key, {}).setdefault(contraction_of(name), []).extend((name, c) for c in places)
+        missing = {name for readers in seen.values() for name in readers}  # what only parameters reach has no rows
+        while missing:
+            key = max(seen, key=lambda one: len(missing & seen[one].keys()))
+            for name in missing & seen[key].keys():
+                operand = min(seen[key][name])[0]
+                channels_read = {channel for one, channel in seen[key][name] if one == operand}
+                yield from self._behind(key, channels_read)
+            missing -= seen[key].keys()
+
+    def _behind(self, key: str, channels: Collection[int]) -> Iterator[tuple[str, Side, int]]:
+        """These channels of a source, or behind the last norm that they pass before anything else reads them."""
+        norm = None
+        for name in self._found[key].inputs:
+            if name not in self._modules or reads_channels(self._modules[name]):
+                break
+            norm = name if getattr(self._modules[name], "weight", None) is not None else norm
+        if norm is None:
+            yield from ((self._sources[key].name, "out", channel) for channel in channels)
+        else:
+            reached = self._found[key].inputs[norm][:, list(channels)].any(1)
+            yield from ((norm, "out", place) for place in reached.nonzero()[:, 0].tolist())
 
     def _looks_up(self, source: Source) -> bool:
         return isinstance(self._modules.get(source.name), nn.Embedding)
+
+
+def _one_by_one(
+    coupled: Coupled,
+    model: nn.Module,
+    sources: Mapping[str, Source],
+    found: Mapping[str, Influence],
+    wide: Mapping[str, Tensor],
+) -> list[Coupled]:
+    """The channels of each layer alone if all go together, as where every pair of two layers' channels is multiplied.
+
+    Of an outer product one layer's channels can go while those of the other stay.
+    """
+    own = [key for key in sources if sources[key].name in coupled.layers]
+    if coupled.size > 1 or len(own) < 2:
+        return [coupled]
+    return [
+        one
+        for key in own
+        for one in _Classes(model, {key: sources[key]}, {key: found[key]}, {key: wide[key]}).components({})
+    ]
+
+
+def _is_read(members: Sequence[tuple[str, Side, int]]) -> bool:
+    return any(side == "in" for _, side, _ in members)
 
 
 def _why(name: str, influence: Influence, classes: _Classes, blocked: Mapping[str, str]) -> str:

@@ -77,7 +77,7 @@ def _unmaskable(modules: Mapping[str, nn.Module], group: ChannelGroup) -> str | 
         routers = [part for part in group.slices if _is_router(modules.get(part.module), group)]
         return None if routers else "which module routes to its experts is not known"
     consumers = [part.module for part in group.slices if part.side == "in" and part.dim is None]
-    if not any(part.side == "in" for part in group.slices):
+    if not group.read_at and not any(part.side == "in" for part in group.slices):
         return "no layer that reads it is known"
     for name in consumers:
         if is_recurrent(modules.get(name)):
@@ -126,7 +126,7 @@ def masked_copy(model: nn.Module, groups: Sequence[ChannelGroup], removed: Mappi
             if part.dim is not None and part.side == "in":
                 multiply_along(uses, modules, part.module, part.dim, gone, 0.0)
             if part.module in group.multiplied and part.side == "out":
-                _zero_outputs(uses, modules, part.module, gone)
+                _zero_outputs(uses, modules, part.module, gone, part.dim or 0)
         if group.kind == "experts" and group.name in removed:
             for part in group.slices:
                 gone = part.channels[removed[group.name].cpu()].flatten()
@@ -171,11 +171,11 @@ def _zero_columns(uses: Uses, module: nn.Module, channels: Tensor) -> None:
         module._buffers[key] = _without_columns(rule, getattr(module, key), channels)
 
 
-def _zero_outputs(uses: Uses, modules: Mapping[str, nn.Module], name: str, channels: Tensor) -> None:
-    """Let a layer write zeros to these channels, or a parameter outside layers, of one dimension, have zeros there."""
+def _zero_outputs(uses: Uses, modules: Mapping[str, nn.Module], name: str, channels: Tensor, dim: int) -> None:
+    """Let a layer write zeros to these channels, or a parameter outside layers have zeros there, along ``dim``."""
     owner, _, key = name.rpartition(".")
     module, rule = modules.get(name, modules[owner]), rule_for(modules[name]) if name in modules else None
-    dims = {rule.weight: rule.out_axis, rule.bias: 0} if isinstance(rule, Rule) else {key: 0}
+    dims = {rule.weight: rule.out_axis, rule.bias: 0} if isinstance(rule, Rule) else {key: dim}
     for one, dim in dims.items():
         if one is not None:
             tensor = getattr(module, one)

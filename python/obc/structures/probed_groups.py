@@ -52,15 +52,21 @@ def recover(
     inner = [found for found in wrong if found.inner]
     untried = {found.name for found in inner if found.reason}
     taken = {part.module for group in structure.groups for part in group.slices}
-    rank, ranks = 0, 1 if inner or finder.weights_outside_calls(taken) else 0
+    rank, ranks, contracted = 0, 1 if inner or finder.weights_outside_calls(taken) else 0, False
     while rank < ranks:
-        names, why, certain, ranks = _by_influence(structure, finder, wrong, held, run, proof, more, rank)
-        rank, accepted = rank + 1, accepted + names
-        reasons |= {name: reason for name, reason in why.items() if name in untried | certain}
+        one = _by_influence(structure, finder, wrong, held, run, proof, more, rank, contracted)
+        if one is None:
+            break
+        names, why, certain, found = one
+        rank, accepted, ranks = rank + 1, accepted + names, rank if contracted else found
+        finder.reasons = why | finder.reasons if contracted else finder.reasons | why
+        reasons |= {name: finder.reasons[name] for name in why if name in untried | certain}
         depthwise = untried - why.keys() if why else set()
         reasons |= dict.fromkeys(
             depthwise & finder.depthwise, "it is depthwise, so it keeps the channels that it reads"
         )
+        if rank >= ranks and not contracted:
+            ranks, contracted = rank + 1, True  # once more, where channels end at products of activations
     if accepted:
         proof.probed = accepted
         reasons |= {name: why for name, why in proof.again(structure, run).items() if name in accepted}
@@ -82,8 +88,12 @@ def _by_influence(
     proof: Proof,
     more: More,
     rank: int,
-) -> tuple[list[str], dict[str, str], set[str], int]:
-    """(names of the groups found, layer -> why it is in none, those that something but a layer reads, ranks)."""
+    contracted: bool,
+) -> tuple[list[str], dict[str, str], set[str], int] | None:
+    """(names of the groups found, layer -> why it is in none, those that something but a layer reads, ranks).
+
+    None if the model does not run on invented numbers, or no layer is left whose channels products may read.
+    """
     taken: set[str | tuple[str, Side]] = {(p.module, p.side) for group in structure.groups for p in group.slices}
     taken |= {part.module for group in structure.groups for part in group.slices if part.module in finder.called}
     layers = finder.layers_outside({p.module for g in structure.groups for p in g.slices if p.side == "out"})
@@ -93,6 +103,9 @@ def _by_influence(
             names = {name for name, side in found.members if side == "out"} & set(layers)
             fixed |= dict.fromkeys(names, structure.left_out.get(found.name, found.reason))
 
+    if contracted and fixed.keys() >= {*layers}:
+        return None
+
     def guarded(model: nn.Module) -> Any:
         try:
             return run(model)
@@ -100,19 +113,20 @@ def _by_influence(
             raise _RunError from error
 
     try:
-        findings = coupled_channels(varied_copy(structure.model), guarded, layers, fixed, taken, rank)
+        findings = coupled_channels(varied_copy(structure.model), guarded, layers, fixed, taken, rank, contracted)
     except _RunError:
-        return [], {}, set(), 0
+        return None
     except Exception as error:  # a fault of the search itself
         warnings.warn(
             f"the search for further groups ended in {type(error).__name__}: {error}; groups that tracing finds are "
             "pruned. Please report this with the model",
             stacklevel=2,
         )
-        return [], {}, set(), 0
+        return None
     proof.passes += findings.passes
     before, reasons = dict(structure.left_out), findings.reasons
-    coupled = {min(one.layers, key=finder.place): one for one in _compatible(findings.coupled)}
+    every = {min(one.layers, key=finder.place): one for one in _compatible(findings.coupled)}
+    coupled = {name: one for name, one in every.items() if one.gates or not contracted}
     for name, one in coupled.items():
         structure.left_out[name] = (
             "running the model finds no smaller set of channels that go together than all of them"
@@ -126,7 +140,7 @@ def _by_influence(
         name: with_counts(
             structure,
             itertools.chain(
-                () if bool(one.kinds.any()) else more(name, one.members, one.size, attentions),
+                () if contracted or bool(one.kinds.any()) else more(name, one.members, one.size, attentions),
                 map(Block, _groups(finder, name, one)),
             ),
             held,
@@ -135,10 +149,43 @@ def _by_influence(
         for name, one in coupled.items()
     }
     accepted = first_proved(structure, proposals, run, proof)
+    if contracted:  # queries, keys and values whose module holds one width for all of them
+        merged = {
+            min(one.layers, key=finder.place): one
+            for one in _merged([one for name, one in every.items() if name not in accepted])
+        }
+        together = {
+            name: with_counts(structure, map(Block, _groups(finder, name, one)), held, run)
+            for name, one in merged.items()
+        }
+        accepted += first_proved(structure, together, run, proof)
     for name in coupled.keys() & structure.left_out.keys():
         reasons |= dict.fromkeys(coupled[name].layers, structure.left_out.pop(name))
         structure.left_out |= {name: before[name]} if name in before else {}
     return accepted, reasons, findings.read_elsewhere, findings.ranks
+
+
+def _merged(failed: Sequence[Coupled]) -> Iterator[Coupled]:
+    """Those of layers of one module that have equally many classes, number by number, if some meet in products."""
+    alike: dict[tuple[str, int], list[Coupled]] = {}
+    for one in failed:
+        if one.size == len(one.kinds):
+            alike.setdefault((one.layers[0].rpartition(".")[0], one.size), []).append(one)
+    for ones in alike.values():
+        if len(ones) > 1 and any(one.gates for one in ones):
+            members, gates = Members(), Members()
+            for one in ones:
+                for all_of_them, own in ((members, one.members), (gates, one.gates or _read(one))):
+                    for part, roots in own.items():
+                        all_of_them[part] = all_of_them.get(part, {}) | roots
+            dims = {name: dim for one in ones for name, dim in one.dims.items()}
+            in_dims = {name: dim for one in ones for name, dim in one.in_dims.items()}
+            layers = [name for one in ones for name in one.layers]
+            yield Coupled(layers, members, ones[0].size, torch.zeros_like(ones[0].kinds), dims, in_dims, gates)
+
+
+def _read(one: Coupled) -> Members:
+    return {part: own for part, own in one.members.items() if part[1] == "in"}
 
 
 def _compatible(found: Sequence[Coupled]) -> Iterator[Coupled]:
@@ -222,11 +269,15 @@ def _groups(finder: GroupFinder, name: str, proposal: Coupled) -> Iterator[Chann
             for part, own in proposal.members.items()
             if not roots.isdisjoint(own.values())
         }
+        gates = {
+            part: {channel: root for channel, root in own.items() if root in roots}
+            for part, own in proposal.gates.items()
+        }
         try:
-            group = finder.assemble(name, members, table, len(among), hidden)
+            group = finder.assemble(name, members, table, len(among), hidden, gates=gates)
         except NotPrunableError:
             continue
-        if not group.consumers or group.consumers[0].side != "in":
+        if not group.read_at and group.consumers[0].side != "in":
             return  # nothing is known to read it
         if group.size == 1 and all(p.channels.numel() == len(members[p.module, p.side]) for p in group.slices):
             continue  # nothing would stay

@@ -9,6 +9,7 @@ reads differently depends on one of them (:mod:`obc.structures.influence`). No l
 
 from __future__ import annotations
 
+import contextlib
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -27,6 +28,7 @@ from obc.model.recurrent import is_recurrent
 from obc.model.rules import Rule, rule_for
 from obc.model.shared_copy import shared_copy
 from obc.structures.comparison import run_alike
+from obc.structures.contractions import Contractions
 from obc.structures.norm_axis import norm_axis, norm_channels
 from obc.structures.reaching import unchanged_buffers
 from obc.structures.weight_products import WeightProducts
@@ -53,10 +55,18 @@ class Prober:
         passes: number of forward passes so far.
         returned: what the model returned in the last pass.
         products: products with weights that no layer is called for.
+        contractions: where channels end in products of activations; None where they pass these.
     """
 
-    def __init__(self, model: nn.Module, run: Run, products: WeightProducts | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        run: Run,
+        products: WeightProducts | None = None,
+        contractions: Contractions | None = None,
+    ) -> None:
         self.model, self._run, self.products = shared_copy(model), run, products or WeightProducts()
+        self.contractions = contractions
         self._outputs: dict[str, list[Tensor]] = {}  # for every call: meta tensors, which have a shape but no numbers
         self._devices: dict[str, torch.device] = {}
         self._calls: dict[str, int] = {}
@@ -97,9 +107,18 @@ class Prober:
         Args:
             changed: the dimensions along which the copy's parameters have other channels now.
         """
-        self._selected = selected
-        self._observe(frozenset(changed) if selected or changed else None, self._holders)
+        self._selected, parameters = selected, frozenset(changed)
+        with contextlib.ExitStack() as stack:
+            if self.contractions is not None:
+                everything = parameters.union(selected) or None
+                self.contractions.begin(everything, self._note)
+                stack.enter_context(self.contractions)
+            self._observe(parameters if selected or parameters else None, self._holders)
         return self._readings
+
+    def meeting(self, key: str) -> set[str]:
+        """The products and reductions where a source is read, so that no other may change in the same passes."""
+        return self.products.meeting(key) | (set() if self.contractions is None else self.contractions.meeting(key))
 
     @property
     def calls(self) -> int:
@@ -115,10 +134,10 @@ class Prober:
                 for name, module in (holders if self.products.learning or self.products.found else ())
                 for key, one in (*module.named_parameters(recurse=False), *loose_buffers(module))
             ]
-            self.products.begin(tensors, changed, self.scale * self.sign, lambda: self.calls, self._read_by_product)
+            self.products.begin(tensors, changed, self.scale * self.sign, lambda: self.calls, self._note)
             self.returned = run_alike(self.model, self._run)
 
-    def _read_by_product(self, name: str, tensor: Tensor, dim: int) -> None:
+    def _note(self, name: str, tensor: Tensor, dim: int) -> None:
         self._readings.setdefault(name, []).append(sums(tensor.detach(), dim))
 
     # --- inputs ------------------------------------------------------------------------------------------------

@@ -294,6 +294,7 @@ class _Prover:
             self.proof.error = max(self.proof.error, found.error)
             self.proof.tolerance = max(self.proof.tolerance, masked.tolerance)
             self._note_seen(names, masked, removed)
+            self._note_multiplied(names, masked, removed, number)
             return None
         if "output changes" in found.where:
             return self._said(names, f"the model returns something else without {self._shares(removed)}: {found.where}")
@@ -384,7 +385,8 @@ class _Prover:
         lost = lost_inputs(self.base, [self.groups[name] for name in names], removed)
         for name in (one for one in names if not self.groups[one].is_depth):
             stays = staying(self.groups[name].size, removed[name])
-            for part in (one for one in self.groups[name].consumers if masked.readings.get(one.module)):
+            readers = (part for part in self.groups[name].consumers if part.side == "in")
+            for part in (one for one in readers if masked.readings.get(one.module)):
                 channels = part.channels[stays].flatten()
                 both = channels[torch.isin(channels, lost.get(part.module, channels[:0]))]
                 if len(both):
@@ -396,7 +398,8 @@ class _Prover:
         lost = lost_inputs(self.base, [self.groups[name] for name in names], removed)
         for name in (one for one in names if not self.groups[one].is_depth):
             stays = staying(self.groups[name].size, removed[name])
-            for part in self.groups[name].consumers:
+            multiplied = bool(self.groups[name].read_at)
+            for part in (one for one in self.groups[name].consumers if one.side == "in" or not multiplied):
                 readings = masked.readings.get(part.module, [])
                 channels = part.channels[stays]
                 if part.module in lost:
@@ -407,6 +410,17 @@ class _Prover:
                     self.seen[name] |= set(stays[_told_apart(reading.sums[channels])].tolist())
                 if not readings and self._ran(part.module, masked):  # weights may be used without calling the layer
                     self.seen[name] |= set(stays.tolist())
+
+    def _note_multiplied(
+        self, names: Sequence[str], masked: Observation, removed: Mapping[str, Tensor], number: int
+    ) -> None:
+        """Record the units that only products of activations read, if anything changes without them."""
+        for name in names:
+            group = self.groups[name]
+            if group.read_at and group.consumers[0].side == "out":
+                alone = masked if len(names) == 1 else self._masked([name], removed, number)
+                if alone is not None and compare(self.unmasked, alone).where is not None:
+                    self.seen[name] |= set(staying(group.size, removed[name]).tolist())
 
     def _ran(self, name: str, observed: Observation) -> bool:
         """Whether a layer was called, or the module that holds it; lists of modules are passed over."""
@@ -419,6 +433,8 @@ class _Prover:
 
     def _unseen(self, name: str) -> str:
         consumers = [part.module for part in self.groups[name].consumers]
+        if self.groups[name].read_at:
+            return "what the products of activations that read its channels return makes no difference"
         if not any(module in self.unmasked.called for module in consumers):
             return f"{', '.join(consumers)} did not run"
         return f"what {', '.join(consumers)} read is zero, or the same, for most of its units"

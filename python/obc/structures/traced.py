@@ -162,7 +162,7 @@ class TorchPruningStructure:
                 self._groups[one.name] = one.group
         self.left_out |= {one.name: one.reason for one in found if one.group is None and one.name not in self._groups}
         self.proof = self._proved(found) if check else None
-        self.left_out |= self._unnamed({name for one in found for name, _ in one.members})
+        self.left_out |= self._unnamed({name for one in found if one.name in self.left_out for name, _ in one.members})
         if isinstance(graph, PruningError) and not self._groups:
             raise graph
         layers = layers_run(model, self._usage)
@@ -208,7 +208,9 @@ class TorchPruningStructure:
             parent = self._modules.get(name.rpartition(".")[0])
             if name not in named and not isinstance(parent, nn.MultiheadAttention):
                 ignored = "it is one of ignored_layers" if name in self._finder.ignored else None
-                found |= {one: ignored or why for one, why in kept_whole(name, module, self._usage) if one not in named}
+                known = self._finder.reasons.get(name) if name in self._usage.positions else None
+                why = ignored or known
+                found |= {one: why or other for one, other in kept_whole(name, module, self._usage) if one not in named}
         return found
 
     @property

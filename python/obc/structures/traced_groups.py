@@ -71,6 +71,7 @@ class GroupFinder:
         ignored: the layers whose outputs keep their widths by the caller's settings.
         kept: layers whose outputs the caller has said something about: they keep their widths, or have so many heads.
         repeats: (group, linear layer) -> number of consecutive columns per channel.
+        reasons: layer -> why running the model finds no group with its channels.
         blocks: projection -> (number of blocks that heads or their thirds form in its outputs, number of outputs).
     """
 
@@ -86,6 +87,7 @@ class GroupFinder:
         self.kept = self.ignored | with_heads
         self.repeats: dict[tuple[str, str], int] = {}
         self.blocks: dict[str, tuple[int, int]] = {}
+        self.reasons: dict[str, str] = {}
 
     def layers_outside(self, producers: Collection[str]) -> list[str]:
         """The layers that ran and whose outputs are not those of ``producers``; depthwise convolutions don't count."""
@@ -185,6 +187,7 @@ class GroupFinder:
         size: int,
         hidden: Tensor | None = None,
         kind: str = "channels",
+        gates: Members | None = None,
     ) -> ChannelGroup:
         """The group with these members.
 
@@ -193,6 +196,7 @@ class GroupFinder:
             units: (units, k) root channels that must be removed together; channels in no unit stay.
             hidden: (root channels, parts): parts that an operation between layers keeps equal, though no layer shows
                 it.
+            gates: channels of a group that products of activations read, where all that reads them is seen.
 
         Raises:
             NotPrunableError: the members don't make units.
@@ -210,7 +214,12 @@ class GroupFinder:
             if side == "in" and module in self._modules and is_linear(self._modules[module]):
                 repeat = repeat_of(list(roots), list(roots.values()), size_of(self._modules[module], "in"))
                 self.repeats[name, module] = repeat
-        return ChannelGroup(name, tuple(sorted(slices, key=lambda part: self.place(part.module))), kind)
+        slices.sort(key=lambda part: self.place(part.module))
+        if not gates:
+            return ChannelGroup(name, tuple(slices), kind)
+        read_at = tuple(slice_of(module, side, roots, channels) for (module, side), roots in gates.items() if roots)
+        multiplied = tuple(part.module for part in slices if part.side == "out")
+        return ChannelGroup(name, tuple(slices), kind, multiplied, read_at)
 
     def _refuse_outer(self, members: Mapping[tuple[str, Side], Any], raw: Any) -> None:
         if any(side == "out" and name in self._usage.returned for name, side in members):

@@ -92,16 +92,15 @@ def group_left(group: ChannelGroup, units: Tensor | None, lost: Sequence[Tensor 
         units: its removed units; None if it keeps all.
         lost: for each slice, the channels that its side of the layer lost, ascending; None if none.
     """
-    slices = []
-    for part, removed in zip(group.slices, lost, strict=True):
+    removed = {(part.module, part.side): gone for part, gone in zip(group.slices, lost, strict=True)}
+
+    def left(part: Slice) -> Slice:
+        gone = removed[part.module, part.side]
         channels = part.channels if units is None else without(part.channels, units)
-        slices.append(
-            replace(
-                part,
-                channels=channels if removed is None else channels - torch.searchsorted(removed, channels.contiguous()),
-            )
-        )
-    return replace(group, slices=tuple(slices))
+        channels = channels if gone is None else channels - torch.searchsorted(gone, channels.contiguous())
+        return replace(part, channels=channels)
+
+    return replace(group, slices=tuple(map(left, group.slices)), read_at=tuple(map(left, group.read_at)))
 
 
 # --- joining channels ------------------------------------------------------------------------------------------------

@@ -87,8 +87,8 @@ def group_scores(
 
 
 def _summed(group: ChannelGroup, parts: Mapping[Part, Tensor], slices: Slices) -> Tensor | None:
-    consumers = {(part.module, part.side) for part in group.consumers}
-    chosen = [values for part, values in parts.items() if slices == "all" or part in consumers]
+    gates = {(part.module, part.side) for part in group.gates}
+    chosen = [values for part, values in parts.items() if slices == "all" or part in gates]
     return torch.stack(chosen).sum(0) if chosen else None
 
 
