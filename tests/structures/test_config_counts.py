@@ -102,6 +102,29 @@ def test_modules_get_a_config_of_their_own(name: str, tmp_path: Path) -> None:
     assert config == before
 
 
+class Slots:
+    __slots__ = ("heads",)
+
+
+WHOLE = [{"heads": 4}, Lookup(heads=4), (4, 8), Config(4, 8), SimpleNamespace(heads={"inner": 8}), Slots(), "resnet18", 3]
+
+
+@pytest.mark.parametrize("config", WHOLE, ids=lambda config: type(config).__name__)
+def test_the_whole_model_may_hold_anything_as_its_config(config: Any) -> None:
+    """Such as what a hub's mixin keeps: the dict of the arguments with which the model was made."""
+    torch.manual_seed(0)
+    model, x = built("dataclass", 4), torch.randn(2, 3, 5, dtype=DOUBLE)
+    plain = copy.deepcopy(model)
+    model.config = config
+    results = []
+    for one in (plain, model):
+        obc.prune(one, x, [x, -x], lambda m, batch: m(batch).square().mean(), macs=0.6, steps=1, progress=False)
+        results.append(one(x))
+    assert plain[1].ask.out_features < 24
+    assert torch.equal(*results)
+    assert model.config is config
+
+
 def test_a_plan_for_a_config_that_a_model_lacks_is_refused() -> None:
     plan = obc.PruningPlan(counts={"1": {"config.heads": 3}})
     with pytest.raises(obc.PlanError, match=r"the plan sets the number '1\.config\.heads', which the model lacks"):

@@ -401,8 +401,8 @@ def put_config(modules: Iterable[nn.Module], old: Any, new: Any) -> None:
 def _matching_parts(old: Any, new: Any) -> Iterable[tuple[int, Any]]:
     """(identity of a config or of a nested one, the same part of the new config)."""
     yield id(old), new
-    for key, value in vars(old).items():
-        inner = vars(new).get(key)
+    for key, value in _attributes(old).items():
+        inner = _attributes(new).get(key)
         if hasattr(value, "to_dict") and hasattr(inner, "to_dict"):
             yield from _matching_parts(value, inner)
 
@@ -410,6 +410,12 @@ def _matching_parts(old: Any, new: Any) -> Iterable[tuple[int, Any]]:
 def config_parts(config: Any, path: str = "") -> Iterable[tuple[str, Any]]:
     """(dotted name, config) of a config and all nested ones; "" is the config itself."""
     yield path, config
-    for key, value in vars(config).items():
+    for key, value in _attributes(config).items():
         if hasattr(value, "to_dict"):
             yield from config_parts(value, joined(path, key))
+
+
+def _attributes(config: Any) -> Mapping[str, Any]:
+    """The attributes of a config; a dict has none, nor has a tuple or a class with slots."""
+    attributes: Mapping[str, Any] = getattr(config, "__dict__", {})
+    return attributes
