@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from typing import Any
 
 import pytest
@@ -154,3 +155,37 @@ def test_a_loss_whose_squares_float32_can_not_hold_is_refused(scale: float, mess
         assert found is not None
         assert one.in_channels is not None
         torch.testing.assert_close(found.double() / scale**2, one.in_channels.double(), rtol=1e-4, atol=0)
+
+
+class Branches(nn.Module):
+    """A layer, and another whose output counts little."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.large, self.small, self.scale = nn.Linear(6, 5), nn.Linear(6, 5), scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.large(x) + self.scale * self.small(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("scale", "named"), [(1.0, False), (1e-12, False), (1e-21, True), (1e-30, True), (0.0, True)])
+def test_a_module_whose_squares_float32_can_not_hold_is_named(
+    scale: float, named: bool, dtype: torch.dtype, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    model, batches = Branches(scale).to(dtype), torch.randn(3, 4, 6, dtype=dtype)
+    with caplog.at_level(logging.WARNING, "obc"):
+        scores = obc.score(model, list(batches), lambda one, x: one(x).square().mean(), progress=False)
+    assert [text[:32] for text in caplog.messages] == ["all scores of 'small' are below "] * named
+    expected = torch.zeros(6, dtype=torch.float64)
+    for x in batches:
+        twin = Branches(scale).double()
+        twin.load_state_dict(model.state_dict())
+        (gradient,) = torch.autograd.grad(twin(x.double()).square().mean(), twin.small.weight)
+        expected += (twin.small.weight * gradient).sum(0).detach().square()
+    assert (float(expected.max()) < 1e-38) == named
+    if not named:
+        found = scores["small"].in_channels
+        assert found is not None
+        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=0)

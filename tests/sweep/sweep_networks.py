@@ -23,7 +23,7 @@ from obc.model.evaluation import call
 from obc.scoring.errors import ScoringError
 from obc.structures.traced import TorchPruningStructure
 
-SCORES = 1e-3  # of scores, which are float32
+SCORES, FLOATS = 1e-3, torch.finfo(torch.float32)  # of scores
 # The share of MACs that is executed, less the share that is predicted: products with a single channel left may run
 # elementwise, which torch does not count.
 COUNTED = -1e-2, 1e-3
@@ -256,7 +256,7 @@ def _scored(model: nn.Module, inputs: Any) -> float | None:
             (p * grads[p]).detach().flatten(1).sum(1) if p.dim() > 1 else (p * grads[p]).detach() for p in parameters
         )
         expected = expected.square()
-        if 0 < float(expected.max()) < torch.finfo(torch.float32).max:  # scores are float32
+        if FLOATS.tiny < float(expected.max()) < FLOATS.max:  # obc.score names or refuses modules of others
             worst = max(worst or 0.0, float((values.double() - expected).abs().max() / expected.max()))
     return worst
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from obc.model.arguments import iterable_batches, meant, no_batches, number, positive, refuse_uncallable
+from obc.model.arguments import iterable_batches, listed, meant, no_batches, number, positive, refuse_uncallable
 from obc.model.batches import RowKind, usable_in_autograd
 from obc.model.evaluation import LossFn, evaluating
 from obc.model.functional_uses import calling_layers
@@ -86,7 +86,8 @@ def score(
         The float32 scores, with the coverage (how each module was read, or why not) and a report of time and memory.
 
     Raises:
-        ValueError: ``batches`` is empty, a loss has the wrong shape or no graph, or all rows are zero.
+        ValueError: ``batches`` is empty, a loss has the wrong shape or no graph, or all rows are zero. (Modules whose
+            scores are all zero or too small for float32 are named in a log message.)
         ScoringError: the model is compiled, no row was finite, or (``strict``) a module is unscored or a row is not
             finite.
         CheckpointError: the checkpoint is damaged, or belongs to another model, other weights or other arguments.
@@ -172,7 +173,7 @@ class _Run:
         if self.done == 0:
             raise ValueError(no_batches("score"))
         scores = scorer.scores()
-        _refuse_zeros(scores)
+        _judge_sizes(scores)
         seconds = self.earlier_seconds + time.perf_counter() - started
         scores.report = Report(seconds, scores.num_rows, memory.read(), kept_bytes)
         if self.saved is not None:
@@ -196,20 +197,32 @@ class _Run:
             self.saved.save(state)
 
 
-def _refuse_zeros(scores: Scores) -> None:
-    sided = (values for one in scores.values() for values in (one.out_channels, one.in_channels))
-    found = [values for values in sided if values is not None]
+def _judge_sizes(scores: Scores) -> None:
+    """Refuse scores that are all too small for float32, and name the modules of which they are."""
+    largest = {
+        name: max(float(values.max()) for values in found)
+        for name, one in scores.items()
+        if (found := [values for values in (one.out_channels, one.in_channels) if values is not None and len(values)])
+    }
     least = torch.finfo(torch.float32).tiny  # smaller squares lose digits, then all of them
-    if any(bool((values >= least).any()) for values in found):
-        return
-    if not any(bool(values.any()) for values in found):
+    small = [name for name, value in largest.items() if value < least]
+    if len(small) < len(largest):
+        if small:
+            logger.warning(
+                "all scores of %s are below %.1e, and rank nothing: either no loss depends on these channels, as behind "
+                "a weight of zeros, or squares of their rows are too small for float32; then multiply the loss by a "
+                "constant, which changes no ranking",
+                listed([repr(name) for name in small]),
+                least,
+            )
+    elif not any(largest.values()):
         raise ValueError(
             "all rows are zero: no loss depends on what was scored; check loss_fn, and rows='sample' with losses "
             "that couple samples (then rows='batch'); or the loss is so small, below about 1e-19, that the squares of "
             "rows are zero in float32: multiply it by a constant"
         )
-    largest = max(float(values.max()) for values in found if values.numel())
-    raise ValueError(
-        f"the largest score is {largest:.1e}, too small for float32: the loss is so small that squares of rows lose "
-        "their digits; multiply it by a constant, which changes no ranking"
-    )
+    else:
+        raise ValueError(
+            f"the largest score is {max(largest.values()):.1e}, too small for float32: the loss is so small that "
+            "squares of rows lose their digits; multiply it by a constant, which changes no ranking"
+        )
