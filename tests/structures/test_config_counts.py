@@ -106,7 +106,16 @@ class Slots:
     __slots__ = ("heads",)
 
 
-WHOLE = [{"heads": 4}, Lookup(heads=4), (4, 8), Config(4, 8), SimpleNamespace(heads={"inner": 8}), Slots(), "resnet18", 3]
+WHOLE = [
+    {"heads": 4},
+    Lookup(heads=4),
+    (4, 8),
+    Config(4, 8),
+    SimpleNamespace(heads={"inner": 8}),
+    Slots(),
+    "resnet18",
+    3,
+]
 
 
 @pytest.mark.parametrize("config", WHOLE, ids=lambda config: type(config).__name__)
