@@ -209,8 +209,8 @@ def _judge_sizes(scores: Scores) -> None:
     if len(small) < len(largest):
         if small:
             logger.warning(
-                "all scores of %s are below %.1e, and rank nothing: either no loss depends on these channels, as where a "
-                "weight of zeros follows, or squares of their rows are too small for float32; then multiply the loss "
+                "all scores of %s are below %.1e, and rank nothing: either no loss depends on these channels, as where "
+                "a weight of zeros follows, or squares of their rows are too small for float32; then multiply the loss "
                 "by a constant, which changes no ranking",
                 listed([repr(name) for name in small]),
                 least,
