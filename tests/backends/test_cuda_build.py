@@ -42,7 +42,8 @@ def _passes(capsys: pytest.CaptureFixture[str], arch: str, *arguments: str) -> N
         assert f"weight_dot_kernel {dtype} " in printed.out
 
 
-@pytest.mark.parametrize("arch", [pytest.param("80", marks=pytest.mark.slow), "90"])
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["80", "90"])
 def test_the_librarys_kernels_have_no_spills_and_wide_loads(capsys: pytest.CaptureFixture[str], arch: str) -> None:
     """The library that was built with obc: compiling its kernels again would take a minute."""
     if not LIBRARY.exists():

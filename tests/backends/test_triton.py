@@ -74,6 +74,7 @@ def test_launchers_interpreted(file: str, selected: str) -> None:
     passed(run_python("-m", "pytest", *arguments, interpret=True))
 
 
+@pytest.mark.slow
 def test_kernels_compile_without_spills_and_load_16_bytes() -> None:
     operators = ["channel_dot", "channel_moments", "weight_dot", "weight_dot_list", "fold"]
     result = run_python(
@@ -95,6 +96,7 @@ assert replace(good, loads={}).faults
 """
 
 
+@pytest.mark.slow
 def test_ahead_of_time_check_finds_faults() -> None:
     passed(run_python("-c", FAULTS, interpret=False))
 

@@ -51,6 +51,7 @@ def test_cases_are_measured_once_and_resumed(tmp_path: Path, capsys: pytest.Capt
     assert len(json.loads(out.read_text())["cases"]) == 7  # the minutes were over after one
 
 
+@pytest.mark.sampled(members=1)
 @pytest.mark.parametrize("selection", ["jacobian", "slimgpt"])
 def test_a_criterion_that_scored_once_chooses_as_one_that_scores_anew(selection: str) -> None:
     task, chosen = tiny(), bench_real.SELECTIONS[selection]
@@ -66,6 +67,7 @@ def test_a_criterion_that_scored_once_chooses_as_one_that_scores_anew(selection:
                 assert (a is None and b is None) or torch.equal(a, b)
 
 
+@pytest.mark.slow
 def test_in_steps_a_compensated_model_is_scored_and_pruned_again(tmp_path: Path) -> None:
     out = tmp_path / "real.json"
     bench_real.main([*ARGUMENTS, "--out", str(out), "--methods", "jacobian+none", "jacobian+steps"])

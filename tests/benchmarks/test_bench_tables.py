@@ -257,5 +257,6 @@ def test_peaks_are_measured_above_the_start() -> None:
     assert 100 < float(ran.stdout) < 200
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_says_why() -> None:
     assert "no size contains 'none'" in isolated.run("bench_large", ["--sizes", "none"])["failed"]

@@ -62,6 +62,7 @@ def test_parts_run_within_the_limit_and_keep_what_others_found(tmp_path: Path) -
     assert not gpu_run.failed(late)
 
 
+@pytest.mark.slow
 def test_parts_are_interrupted_where_a_shell_has_this_process_ignore_it(tmp_path: Path) -> None:
     ignored = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
@@ -243,6 +244,7 @@ def test_a_part_that_was_left_more_than_half_runs(tmp_path: Path) -> None:
     assert 19 < report["parts"]["short"]["allowed_seconds"] <= 20
 
 
+@pytest.mark.slow
 def test_a_part_is_ended_after_its_most_where_others_follow(tmp_path: Path) -> None:
     parts = [
         Part("long", 1, python("import time; time.sleep(60)"), most=2),
@@ -299,6 +301,7 @@ def test_metrics_are_read_from_what_ncu_prints() -> None:
     assert profiled_calls.summary("==ERROR== no permission\n") == []
 
 
+@pytest.mark.slow
 def test_sanitized_calls_run(tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/sanitized_calls.py", "--backend", "cpu", "--device", "cpu"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "python"), str(ROOT)])}

@@ -115,6 +115,7 @@ def test_every_parsed_option_says_what_it_expects(capsys: pytest.CaptureFixture[
     assert asked > 20
 
 
+@pytest.mark.slow
 def test_help_of_the_module_loads_no_demo() -> None:
     """Help must not need the demo's packages, nor take their time."""
     code = (
@@ -141,6 +142,7 @@ SLOW = [
 ]
 
 
+@pytest.mark.sampled(members=1)
 @pytest.mark.parametrize("module", ["argparse", "obc.scoring", "transformers", *SLOW])
 def test_ctrl_c_while_a_module_is_imported(module: str, tmp_path: Path) -> None:
     """transformers turns the interruption into a ModuleNotFoundError."""
@@ -167,6 +169,7 @@ def test_ctrl_c_while_a_module_is_imported(module: str, tmp_path: Path) -> None:
     assert obc_command.INTERRUPTED == INTERRUPTED
 
 
+@pytest.mark.slow
 def test_a_sigint_that_the_parent_ignores_stays_ignored() -> None:
     """As nohup and shells in the background set it."""
     code = (

@@ -149,6 +149,7 @@ def test_what_a_criterion_needs_is_collected_by_its_name(
     assert "'flap' scores no group of this model: it scores channels, heads, the groups are of layers" in refused
 
 
+@pytest.mark.sampled(members=3)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -80,6 +80,7 @@ def prune(kind: str, *options: str) -> int:
     return cli.main(["prune", *arguments])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["cnn", *SLOW])
 def test_every_criterion_prunes_or_says_why_not(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     for name in criteria.available():

@@ -266,6 +266,7 @@ def test_a_directory_is_pruned_again_and_again_without_a_forward_pass(
     assert "MACs of one token: " in capsys.readouterr().out
 
 
+@pytest.mark.sampled(members=2)
 @pytest.mark.filterwarnings("ignore:.*rows are fewer:UserWarning")
 @pytest.mark.parametrize("options", [[], ["--uniform"]], ids=["free", "uniform"])
 def test_a_directory_is_pruned_to_a_share_of_its_parameters(
@@ -355,6 +356,7 @@ def _other(llama: Path, tmp_path: Path) -> Path:
     return tmp_path / "other"
 
 
+@pytest.mark.sampled(members=3)
 @pytest.mark.parametrize("scores", ["scores"], indirect=True)
 @pytest.mark.parametrize(
     ("arguments", "reason"),

@@ -153,6 +153,7 @@ def test_images_that_the_model_cuts_into_windows(tmp_path: Path) -> None:
     assert load_pruned(out)(torch.rand(1, 3, 16, 16)).logits.isfinite().all()
 
 
+@pytest.mark.sampled(members=2)
 @pytest.mark.parametrize(
     ("head", "labels", "loss"),
     [

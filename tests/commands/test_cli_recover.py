@@ -54,7 +54,7 @@ def divergence(path: Path, teacher: Path, data: Path) -> float:
     return obc.Distillation().loss(student, wanted, {"input_ids": ids}).item()
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(members=2)
 @pytest.mark.parametrize("train", ["naive", "folded", "lora"])
 def test_a_pruned_directory_is_recovered_and_evaluated(
     pruned: Path, llama: Path, tmp_path: Path, train: str, capsys: pytest.CaptureFixture[str]

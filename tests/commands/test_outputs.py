@@ -80,6 +80,7 @@ def interrupted(*arguments: Any, **options: Any) -> Any:
     raise KeyboardInterrupt
 
 
+@pytest.mark.sampled(members=4)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_an_interrupted_command_leaves_nothing(
     command: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -92,6 +93,7 @@ def test_an_interrupted_command_leaves_nothing(
     assert capsys.readouterr().err.endswith(": interrupted\n")
 
 
+@pytest.mark.sampled(members=4)
 @pytest.mark.parametrize("command", [name for name in COMMANDS if name != "bench"])  # its benchmarks write
 def test_a_full_disk_leaves_nothing_and_then_the_output_is_written(
     command: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -111,6 +113,7 @@ def test_a_full_disk_leaves_nothing_and_then_the_output_is_written(
     assert contents(folder / "new" / "folders").keys() >= {"out"}
 
 
+@pytest.mark.sampled(members=5)
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -158,6 +161,7 @@ CALLS: dict[str, Callable[[Path], object]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", CALLS)
 def test_a_failing_call_leaves_the_file_that_was_there(call: str, folder: Path) -> None:
     path = folder / "file.png"

@@ -51,6 +51,7 @@ class Tab:
         return struct.unpack(">II", picture[16:24])  # type: ignore[return-value]
 
 
+@pytest.mark.sampled(members=1)
 @pytest.mark.parametrize("kind", PAGES)
 def test_the_page_in_a_browser(kind: str, browser: Any, tmp_path: Path) -> None:
     file = tmp_path / "page.html"
@@ -94,6 +95,7 @@ CONTRAST = """
 """
 
 
+@pytest.mark.sampled(members=1)
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("kind", PAGES)
 def test_text_has_the_contrast_that_wcag_asks_for(kind: str, scheme: str, browser: Any, tmp_path: Path) -> None:

@@ -144,6 +144,7 @@ def test_a_log_that_cannot_be_written_is_refused(tmp_path: Path, capsys: pytest.
     assert "it is a folder" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_is_no_error() -> None:
     code = "import sys, obc.cli; sys.exit(obc.cli.main(['criteria']))"
     ran = subprocess.Popen([sys.executable, "-u", "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -79,6 +79,7 @@ def test_groups_are_scored_or_refused(name: str, kind: str) -> None:
         assert re.search(f"the criterion '{name}'(:| scores no group of this model)", refusal)
 
 
+@pytest.mark.sampled(members=12)
 @pytest.mark.parametrize("name", criteria.available())
 def test_experts_that_no_token_reached(name: str) -> None:
     """One token reaches two experts of each mixture; the others are scored as what they did: nothing."""

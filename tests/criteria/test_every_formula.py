@@ -60,6 +60,7 @@ def test_a_criterion_that_is_new_is_missing() -> None:
     assert transcribed.missing(switched) == expected
 
 
+@pytest.mark.sampled(members=5)
 @pytest.mark.parametrize(("name", "kind"), EXEMPT, ids=[f"{name}-{kind}" for name, kind in EXEMPT])
 def test_what_is_exempt_is_refused_by_name(name: str, kind: str) -> None:
     subject = make_subject(MODEL_OF[kind])

@@ -246,7 +246,7 @@ def test_fastoba_is_a_hessian_vector_product(name: str) -> None:
     check(group_scores(criteria.FastOBA(epsilon=1e-3), subject), relative, 2e-3)
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(members=4)
 @pytest.mark.parametrize("rows", ["batch", "sample"])
 @transcribes(
     "compensated_jacobian",
@@ -298,7 +298,7 @@ def test_compensated_jacobian(name: str, rows: Any) -> None:
     check(group_scores(criteria.CompensatedJacobian(to="host"), subject), totals, 1e-5)
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(members=4)
 @pytest.mark.parametrize("tokens", [1, 3, 1000])
 @transcribes("token_jacobian", models=("traced-vit", "vit", "llama", *MIXTURES, "gpt-oss"))
 def test_rows_of_tokens(name: str, tokens: int) -> None:

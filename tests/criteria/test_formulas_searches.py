@@ -97,6 +97,7 @@ def few(name: str) -> Subject:
     return changed(subject, groups=tuple(reversed(first.values())), batches=subject.batches[:1])
 
 
+@pytest.mark.sampled(members=4)
 @pytest.mark.parametrize("metric", METRICS)
 @transcribes("masked", "masked(metric='kl')", "masked(metric='mse')", models=FOUR)
 def test_masked_evaluation(name: str, metric: Any) -> None:
@@ -147,7 +148,7 @@ def beam_scores(units: Sequence[Unit], measured: Callable[[Iterable[Unit]], floa
     return scores, best
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(members=2)
 @pytest.mark.parametrize("metric", METRICS)
 @transcribes("beam", "beam(metric='loss')", "beam(metric='kl')", models=FOUR)
 def test_beam_search(name: str, metric: Any) -> None:
@@ -199,7 +200,7 @@ def positive(model: nn.Module, batch: Any) -> Tensor:
     return loss(model, batch) + 2.0
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(members=4)
 @pytest.mark.parametrize(("tau", "decay", "backwards"), [(0.02, 0.5, False), (0.3, 0.9, True), (1e6, 1.0, False)])
 @transcribes("tolerance", models=ALL)
 def test_tolerance_masks_shares_until_a_task_loses_too_much(

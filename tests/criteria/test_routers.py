@@ -86,6 +86,7 @@ def model(request: pytest.FixtureRequest) -> Iterator[Any]:
         yield built("causal", request.param)
 
 
+@pytest.mark.sampled(members=5)
 @pytest.mark.parametrize("model", ROUTERS, indirect=True)
 def test_scores_and_statistics_are_those_of_separate_experts(model: Any) -> None:
     batches: list[Any] = [inputs_of("causal", model)]

@@ -125,6 +125,7 @@ def test_nirvana(name: str) -> None:
     check(group_scores("nirvana", subject), scores, 2e-5)
 
 
+@pytest.mark.sampled(members=4)
 @pytest.mark.parametrize(
     "criterion",
     ["kfac", "kfac_obs", "obs", "slimgpt", "flap", "wanda_sp", "minitron", "reconstruction", "compensated_jacobian",

@@ -40,7 +40,8 @@ def run(page: Path, namespace: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        *("tutorials/cnn", "tutorials/llm", "tutorials/recovery", "tutorials/own_loop"),
+        pytest.param("tutorials/cnn", marks=pytest.mark.slow),
+        *("tutorials/llm", "tutorials/recovery", "tutorials/own_loop"),
         *("statistics", "extending/criterion", "extending/transformer_family"),
     ],
 )

@@ -32,6 +32,7 @@ TOPICS = (
 _MODULES = ("backends", "criteria", "equivalent", "ops", "quality", "reference", "statistics")
 
 
+@pytest.mark.slow
 def test_the_site_builds_without_a_warning_or_the_network_and_lists_every_public_name(tmp_path: Path) -> None:
     """One test, because a build takes seconds and parallel tests would each make their own."""
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", str(DOCS), str(tmp_path)]

@@ -34,6 +34,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Unwrapped parameters detected")
 OLDER = os.environ.get("OBC_TORCH_PRUNING_15", "")
 
 
+@pytest.mark.sampled(members=10)
 @pytest.mark.parametrize("fill", FILLS.values(), ids=FILLS)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_groups_match_explicit_slices(name: str, fill: Callable[[JacobianImportance, Case], None]) -> None:

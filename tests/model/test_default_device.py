@@ -216,7 +216,7 @@ def leaves(found: Any) -> Iterator[Any]:
         yield found
 
 
-@pytest.mark.sampled(members=5)
+@pytest.mark.sampled(members=2)
 @pytest.mark.parametrize("name", JOBS)
 def test_results_do_not_depend_on_the_default_device(name: str, tmp_path: Path) -> None:
     for folder in ("plain", "meta"):

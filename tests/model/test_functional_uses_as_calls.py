@@ -309,7 +309,7 @@ def test_a_fold_is_trained_merged_and_counted_as_in_calls(kind: str) -> None:
     torch.testing.assert_close(merged, reference)
 
 
-@pytest.mark.sampled(members=5)
+@pytest.mark.sampled(members=2)
 @pytest.mark.parametrize("kind", list(PAIRS))
 def test_pruning_is_that_of_calls(kind: str) -> None:
     model, other, x, batches = pair(kind)

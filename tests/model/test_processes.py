@@ -199,6 +199,7 @@ def _unnamed_group(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_a_model_that_processes_train_together_is_not_read_alone_in_silence(tmp_path: Path) -> None:
     started.processes(_unnamed_group, (str(tmp_path),), 2)
 

@@ -76,7 +76,7 @@ def assert_same(model: nn.Module, expected: nn.Module) -> None:
         torch.testing.assert_close(model.state_dict()[name], tensor, rtol=0, atol=0, msg=name)
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(members=3)
 @pytest.mark.parametrize("fault", ["a NaN", "infinite", "without samples"])
 @pytest.mark.parametrize("criterion", CRITERIA)
 @pytest.mark.filterwarnings("ignore")
@@ -89,6 +89,7 @@ def test_pruning_with_a_bad_batch_is_pruning_without_it(fault: str, criterion: s
     assert any(f"batch {BAD} is left out" in warning for warning in result.report.warnings)
 
 
+@pytest.mark.sampled(members=2)
 @pytest.mark.parametrize("criterion", CRITERIA)
 @pytest.mark.filterwarnings("ignore")
 def test_what_overflows_in_one_place_is_left_out_of_all_others(criterion: str) -> None:
@@ -176,6 +177,7 @@ def test_norms_that_are_not_run_keep_their_statistics() -> None:
     assert model["used"].running_mean.abs().max() < 1
 
 
+@pytest.mark.sampled(members=2)
 @pytest.mark.parametrize("place", [0, BAD, 4], ids=["first", "calibration", "held out"])
 @pytest.mark.parametrize("mode", ["ls", "seq"])
 @pytest.mark.filterwarnings("ignore:fewer calibration")

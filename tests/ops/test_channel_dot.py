@@ -145,6 +145,7 @@ def test_channel_dot_gradcheck(device: str, per_sample: bool) -> None:
     assert torch.autograd.gradcheck(lambda a, g: ops.channel_dot(a, g, 1, per_sample), (activation, grad))
 
 
+@pytest.mark.sampled(members=2)
 @pytest.mark.parametrize("device", TARGETS, indirect=True)
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["plain", "requires-grad"])
 def test_channel_dot_opcheck(device: str, requires_grad: bool) -> None:

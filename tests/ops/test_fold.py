@@ -260,7 +260,7 @@ def test_fold_backward(device: str, dtype: torch.dtype, fold: Callable[..., Tens
             assert_sum_close(actual, truth[n], magnitude[n], terms, dtype, stored=dtype)
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(members=1)
 @pytest.mark.parametrize("device", TARGETS, indirect=True)
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["plain", "requires-grad"])
 def test_fold_opcheck(device: str, requires_grad: bool) -> None:

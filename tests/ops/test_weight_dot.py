@@ -251,6 +251,7 @@ def test_weight_dot_list_and_moments_are_not_differentiable(device: str) -> None
         outs[0].sum().backward()
 
 
+@pytest.mark.sampled(members=2)
 @pytest.mark.parametrize("device", TARGETS, indirect=True)
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["plain", "requires-grad"])
 def test_weight_dot_opcheck(device: str, requires_grad: bool) -> None:

@@ -115,6 +115,7 @@ def _build_in_place(folder: Path, **environment: str) -> subprocess.CompletedPro
     )
 
 
+@pytest.mark.slow
 def test_without_a_compiler_the_build_says_so_and_obc_works(tmp_path: Path) -> None:
     folder = _copy_of_the_sources(tmp_path)
     done = _build_in_place(folder, CXX="no-such-compiler")

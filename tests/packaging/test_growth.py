@@ -78,6 +78,7 @@ JOBS: dict[str, tuple[Callable[[int], nn.Module], Callable[[Any], object]]] = {
 }
 
 
+@pytest.mark.sampled(members=3)
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "proof")) for name in JOBS])
 def test_calls_grow_with_the_layers(name: str) -> None:
     build, job = JOBS[name]

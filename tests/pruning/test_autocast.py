@@ -78,7 +78,7 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.sampled(members=5)
+@pytest.mark.sampled(members=2)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_autocast_around_the_call_gives_the_same_as_autocast_inside_the_loss(options: dict[str, Any]) -> None:
     inner, outer = pruned(True, **options), pruned(False, **options)
@@ -88,6 +88,7 @@ def test_autocast_around_the_call_gives_the_same_as_autocast_inside_the_loss(opt
         assert torch.equal(outer.model.state_dict()[name], tensor), name
 
 
+@pytest.mark.sampled(members=3)
 @pytest.mark.parametrize("mode", ["ls", "seq", "correct"])
 @pytest.mark.parametrize("within", [True, False], ids=["inside", "around"])
 def test_the_reported_error_is_that_of_the_returned_weights(mode: Any, within: bool) -> None:

@@ -75,6 +75,7 @@ def test_a_convolutional_network_meets_the_latency_that_is_measured_on_the_spot(
     assert result.report.seconds["latency"] > 0
 
 
+@pytest.mark.sampled(members=1)
 @pytest.mark.parametrize("family", ["vit", "llama", "moe"])
 def test_transformers_meet_a_table_that_is_given(family: str, tmp_path: Path) -> None:
     torch.manual_seed(0)

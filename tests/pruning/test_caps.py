@@ -39,6 +39,7 @@ def widths(share: float, **options: Any) -> dict[str, tuple[int, int]]:
     return result.report.widths
 
 
+@pytest.mark.sampled(members=2)
 @pytest.mark.parametrize(
     ("criterion", "allocation"),
     [
@@ -64,6 +65,7 @@ def test_caps_by_name_of_a_group_or_a_block() -> None:
         assert any(after < 0.6 * before for before, after in found.values())  # others make up for it
 
 
+@pytest.mark.sampled(members=1)
 @pytest.mark.parametrize(("protected", "ends"), [(1, (1, 1)), ((2, 0), (2, 0)), ((0, 3), (0, 3))])
 def test_protected_blocks_lose_nothing(protected: Any, ends: tuple[int, int]) -> None:
     found = widths(0.8, protected_blocks=protected)

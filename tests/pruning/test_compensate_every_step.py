@@ -46,7 +46,7 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.sampled
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["correct", "ls"])
 @pytest.mark.parametrize("name", MODELS)
 def test_the_second_step_scores_what_the_first_compensation_made(name: str, how: Any) -> None:
@@ -119,6 +119,7 @@ def test_by_default_errors_are_corrected_after_every_step(how: Any, by_default: 
     assert same(found[None], found[by_default])
 
 
+@pytest.mark.slow
 def test_one_step_is_compensation_at_the_end() -> None:
     results = []
     for every in (False, True):

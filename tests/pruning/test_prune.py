@@ -71,7 +71,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.sampled(members=4)
+@pytest.mark.sampled(members=2)
 @pytest.mark.parametrize("way", WAYS)
 def test_prune_meets_the_target_and_its_plan_verifies(way: str) -> None:
     model = network()
@@ -100,7 +100,7 @@ def test_prune_meets_the_target_and_its_plan_verifies(way: str) -> None:
     assert f"-> {count(report.macs_after)} (" in str(report)
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(members=2)
 @pytest.mark.parametrize("way", ["joint", "independent", "not per MACs", "minimum"])
 @pytest.mark.parametrize("build", [demo_models.ResidualCNN, demo_models.Transformer])
 def test_the_budget_may_be_of_parameters(build: Callable[[], nn.Module], way: str) -> None:
@@ -130,6 +130,7 @@ def assert_sliced(plan: obc.PruningPlan, original: nn.Module, model: nn.Module, 
         assert not weights or torch.equal(before[out][:, in_], layer.weight)
 
 
+@pytest.mark.sampled(members=1)
 @pytest.mark.parametrize("labels", [True, False], ids=["labels", "label-free"])
 def test_norms_are_recalibrated_after_the_last_step(labels: bool) -> None:
     model = network()
@@ -196,7 +197,7 @@ def by_torch_pruning(
 SIDE = 16  # pixels of the full-sized networks' images, half of CIFAR's; only widths are compared
 
 
-@pytest.mark.sampled(members=2)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("build", "shape", "rows"),
     [
@@ -292,6 +293,7 @@ def test_the_whole_model_remains_at_one() -> None:
     assert len(result.plan) == 0
 
 
+@pytest.mark.sampled(members=1)
 @pytest.mark.parametrize("options", [{"criterion": "taylor"}, {"criterion": "l1"}, {"slices": "all"}], ids=str)
 def test_what_has_no_rows_is_selected_independently(options: dict[str, Any]) -> None:
     by_itself, asked = network(), network()
@@ -333,6 +335,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.sampled(members=10)
 @pytest.mark.parametrize("case", BAD)
 def test_bad_arguments_are_named_and_nothing_changes(case: str) -> None:
     options, message = BAD[case]
@@ -405,7 +408,7 @@ def test_rows_of_zeros_are_refused() -> None:
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(members=1)
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("compensate", [None, "ls"])
 def test_an_exception_restores_the_model(error: type[BaseException], compensate: str | None) -> None:
@@ -472,6 +475,7 @@ def test_loss_that_calls_parts_needs_forward_fn() -> None:
     assert result.report.macs_after <= 0.5 * result.report.macs_before
 
 
+@pytest.mark.slow
 def test_loss_that_calls_forward_needs_no_forward_fn() -> None:
     pruned = [
         obc.prune(network(), EXAMPLE, batches(), loss_fn, steps=1, compensate=True, progress=False).model

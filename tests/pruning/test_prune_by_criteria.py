@@ -37,7 +37,7 @@ def llama_pruned(**options: Any) -> obc.PruningResult:
     return obc.prune(case.model, batches=case.batches, loss_fn=case.loss, **options)
 
 
-@pytest.mark.sampled(members=7)
+@pytest.mark.sampled(members=3)
 @pytest.mark.parametrize("name", sorted(set(criteria.available()) - OF_OTHERS - {"masked"}))
 def test_every_criterion_prunes_a_llama(name: str) -> None:
     report = llama_pruned(criterion=name, min_units=1).report
@@ -54,6 +54,7 @@ def test_criteria_of_experts_prune_experts(name: str) -> None:
     assert experts == {(4, 3)}
 
 
+@pytest.mark.sampled(members=3)
 @pytest.mark.parametrize(
     "name", ["l1", "fpgm", "taylor", "fisher", "llm_pruner_vector", "nirvana", "reconstruction", "tolerance"]
 )
@@ -80,6 +81,7 @@ def test_gaprune_needs_a_second_domain() -> None:
     assert llama_pruned(criterion=criteria.GAPrune(case.batches)).report.steps[-1].macs <= 0.85
 
 
+@pytest.mark.sampled(members=3)
 @pytest.mark.parametrize("allocation", ["global", "uniform", "equal", "profile", "two_classes", "search"])
 def test_every_allocation_serves_a_criterion(allocation: Any) -> None:
     if allocation == "search":

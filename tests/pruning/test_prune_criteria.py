@@ -50,6 +50,7 @@ def test_l1_and_l2_match_torch_pruning(name: str) -> None:
             torch.testing.assert_close(got[group.name], theirs.double(), rtol=1e-6, atol=0)  # it adds in float32
 
 
+@pytest.mark.sampled(members=8)
 @pytest.mark.parametrize("criterion", sorted(set(available()) - OF_OTHER_MODELS))
 def test_scoring_leaves_no_trace(criterion: str) -> None:
     subject = make_subject(RECIPES["flatten"])

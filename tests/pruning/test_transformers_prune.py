@@ -17,6 +17,7 @@ from obc.selection.task import Task
 from obc.selection.uniform import select_uniform
 
 
+@pytest.mark.sampled(members=3)
 @pytest.mark.parametrize("family", ["llama", "bert", "gpt2", "vit", "mamba", "gemma"])
 def test_prune_reaches_its_share(family: str) -> None:
     case = FAMILIES[family]()
@@ -105,6 +106,7 @@ def test_experts_that_are_one_tensor_are_pruned(options: dict[str, Any]) -> None
     result.plan.verify(FAMILIES["mixtral"]().model.state_dict(), case.model)
 
 
+@pytest.mark.sampled(members=2)
 @pytest.mark.parametrize("uniform", [False, True])
 @pytest.mark.parametrize("family", ["llama", "mixtral", "deepseek-v2"])
 def test_the_budget_may_be_of_parameters(family: str, uniform: bool) -> None:

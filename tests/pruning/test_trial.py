@@ -34,6 +34,7 @@ def pruned(seed: int, batches: list[Any] | None = None, **options: Any) -> obc.P
     return obc.prune(model, data(seed)[0][0], batches, class_loss, macs=0.7, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", OF_SEED)
 def test_the_criterion_that_errs_less_after_compensation_prunes(seed: int) -> None:
     asked = {name: pruned(seed, criterion=name) for name in ("jacobian", "kfac_obs")}
@@ -61,6 +62,7 @@ NOT_OPEN = {
 }
 
 
+@pytest.mark.sampled(members=3)
 @pytest.mark.parametrize("name", NOT_OPEN)
 def test_what_is_asked_for_is_not_tried(name: str) -> None:
     report = pruned(3, **NOT_OPEN[name]).report

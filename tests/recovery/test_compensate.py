@@ -144,6 +144,7 @@ def test_constant_channels_stay_naive() -> None:
     assert torch.equal(solution.decompressor, torch.eye(3, 2, dtype=torch.float64))
 
 
+@pytest.mark.sampled(members=6)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", RECIPES)
 def test_never_ends_below_naive_and_keeps_the_structure(name: str, mode: str) -> None:

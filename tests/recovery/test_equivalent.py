@@ -50,7 +50,7 @@ def test_forward_and_gradients_are_the_explicit_networks(name: str, training: bo
 SHORT = ("grouped", "resnet", "swiglu")
 
 
-@pytest.mark.sampled(members=2)
+@pytest.mark.slow
 @both_factors
 @pytest.mark.parametrize(
     "name", [*SHORT, *(pytest.param(name, marks=pytest.mark.slow) for name in RECIPES if name not in SHORT)]
@@ -183,6 +183,7 @@ def test_activation_checkpointing(reentrant: bool) -> None:
         assert torch.equal(grad, expected[key]), key
 
 
+@pytest.mark.slow
 def test_compile() -> None:
     _, equivalent = folded("flatten")
     perturb_factors(equivalent)

@@ -177,6 +177,7 @@ def test_a_gradient_that_is_not_finite_stops_before_it_spoils_the_model(train: A
         torch.testing.assert_close(value, before[name])
 
 
+@pytest.mark.sampled(members=6)
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -272,6 +273,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
         obc.recover(pruned, teacher, BATCHES, steps=2, lr=0.01, checkpoint=tmp_path / "state", progress=False)
 
 
+@pytest.mark.sampled(members=3)
 @pytest.mark.parametrize(
     ("changed", "said"),
     [

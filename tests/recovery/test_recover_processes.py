@@ -57,5 +57,6 @@ def _trains(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_processes_train_together_as_one_does_alone(tmp_path: Path) -> None:
     started.processes(_trains, (str(tmp_path),), 2)

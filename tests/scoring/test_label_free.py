@@ -82,6 +82,7 @@ def test_v_of_the_kl_metric_has_the_covariance_of_the_scores(shape: tuple[int, .
     assert torch.allclose(root.T @ root, torch.diag(probabilities) - probabilities.outer(probabilities), atol=1e-12)
 
 
+@pytest.mark.slow
 def test_rows_of_the_kl_metric_are_twice_the_divergence_of_what_a_channel_does() -> None:
     """The mean of r^2 over projections is 2 KL / h^2, when a channel's weights shrink by the small share h."""
     torch.manual_seed(0)

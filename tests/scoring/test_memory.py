@@ -229,6 +229,7 @@ print(json.dumps([scores.report.peak_bytes, estimate.total - estimate.weights]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux states the peak of resident memory")
 def test_the_peak_on_the_cpu_is_how_far_resident_memory_grew() -> None:
     """Within 0.9 and 1.2 of the estimate: kernels have workspaces. Blocks that are freed return to the system."""

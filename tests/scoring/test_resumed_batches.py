@@ -149,6 +149,7 @@ OTHERS: dict[str, Callable[[list[Any]], list[Any]]] = {
 }
 
 
+@pytest.mark.sampled(members=4)
 @pytest.mark.parametrize("other", OTHERS)
 @pytest.mark.parametrize("name", ["score", "collect", "recover in the first pass"])
 def test_other_batches_are_refused(name: str, other: str, tmp_path: Path) -> None:

@@ -244,6 +244,7 @@ class Both(Embedded):
 SHARED = (Positions, Kind, KindFirst, PositionsFirst, Indexed, LastIndexed, Repeated, Swapped, ByShape, Both)
 
 
+@pytest.mark.sampled(members=10)
 @pytest.mark.parametrize("build", SHARED)
 @pytest.mark.parametrize("length", [1, BATCH, LENGTH])
 def test_an_output_that_all_samples_share(build: Callable[[], nn.Module], length: int) -> None:

@@ -46,6 +46,7 @@ def test_scores_match_the_oracle(family: str, rows: str) -> None:
     assert scores.num_rows == models.BATCHES * (models.BATCH if rows == "sample" else 1)
 
 
+@pytest.mark.sampled(members=1)
 @pytest.mark.parametrize("rows", ["batch", "sample"])
 def test_largest_error_over_all_models(rows: str) -> None:
     """Prints the issue's figure: the largest relative error over every model of the tests (``pytest -s``)."""
@@ -419,6 +420,7 @@ def test_a_pipe_gets_no_progress() -> None:
     assert run_in_a_pipe("") == ""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are POSIX")
 def test_a_terminal_shows_rows_done_and_the_time_left() -> None:
     shown = run_in_a_terminal("")

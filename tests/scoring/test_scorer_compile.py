@@ -53,6 +53,7 @@ def test_compiled_after_attaching(family: str, rows: str, fresh_dynamo: None) ->
 SLOW = [pytest.param(family, marks=pytest.mark.slow) for family in ("in-place-after-conv", "used-twice")]
 
 
+@pytest.mark.sampled(members=1)
 @pytest.mark.parametrize("family", ["in-place-after-norm", "functional-weight", *SLOW])
 def test_nasty_modules_compiled_after_attaching(family: str, fresh_dynamo: None) -> None:
     case = NASTY[family]()
@@ -91,6 +92,7 @@ def test_compiled_by_inductor_after_attaching(fresh_dynamo: None) -> None:
     assert_parity(score_compiled(case, "inductor"), expected_scores(case))
 
 
+@pytest.mark.slow
 def test_score_with_a_loss_that_compiles_the_model(fresh_dynamo: None) -> None:
     """obc.score attaches first, so a model compiled inside the loss is seen."""
     case = models.linears()

@@ -16,6 +16,7 @@ FALLS_BACK = {
 }
 
 
+@pytest.mark.sampled(members=8)
 @pytest.mark.parametrize("rows", ["batch", "sample"])
 @pytest.mark.parametrize("family", TRANSFORMERS)
 def test_scores_match_the_oracle(family: str, rows: str) -> None:

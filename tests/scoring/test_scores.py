@@ -308,7 +308,7 @@ def test_a_damaged_file(damage: Callable[[dict[str, Any], dict[str, str]], None]
 # --- the plot ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.sampled(members=2)
+@pytest.mark.sampled(members=1)
 @pytest.mark.parametrize("make", [cnn_scores, partly_unscored])
 @pytest.mark.parametrize("suffix", ["png", "svg"])
 def test_plot_draws_a_picture_of_every_module(make: Callable[[], obc.Scores], suffix: str, tmp_path: Path) -> None:
@@ -321,6 +321,7 @@ def test_plot_draws_a_picture_of_every_module(make: Callable[[], obc.Scores], su
         assert all(f"<!-- {name} (" in drawn for name in make())
 
 
+@pytest.mark.slow
 def test_plot_shows_sorted_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from matplotlib.axes import Axes
 

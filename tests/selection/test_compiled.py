@@ -71,6 +71,7 @@ def problems(draw: st.DrawFn) -> tuple[dict[str, Tensor], object]:
     return rows, Costs(list(rows), widths, linear=linear, quadratic=quadratic)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(
     problem=problems(),
@@ -149,7 +150,7 @@ def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(fronts, "ROWS_AT_ONCE", 37)
 
 
-@pytest.mark.sampled(members=4)
+@pytest.mark.sampled(members=2)
 @pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("rounds", ROUNDS.values(), ids=ROUNDS)
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -25,6 +25,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
+@pytest.mark.sampled(members=2)
 @pytest.mark.parametrize("form", FORMS)
 @settings(max_examples=100)
 @given(problem=problems())

@@ -77,7 +77,7 @@ def built(name: str, *heads: int, config: Any = None) -> nn.Sequential:
     return nn.Sequential(nn.Linear(5, 8), *(Attention(one, read) for one in configs), nn.Linear(8, 3)).double()
 
 
-@pytest.mark.sampled(members=4)
+@pytest.mark.sampled(members=2)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_modules_get_a_config_of_their_own(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -118,6 +118,7 @@ WHOLE = [
 ]
 
 
+@pytest.mark.sampled(members=2)
 @pytest.mark.parametrize("config", WHOLE, ids=lambda config: type(config).__name__)
 def test_the_whole_model_may_hold_anything_as_its_config(config: Any) -> None:
     """Such as what a hub's mixin keeps: the dict of the arguments with which the model was made."""

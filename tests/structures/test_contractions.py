@@ -202,7 +202,7 @@ def group_of(structure: TorchPruningStructure) -> ChannelGroup:
     return next(g for g in structure.groups if any((p.module, p.side) == ("q", "out") for p in g.slices))
 
 
-@pytest.mark.sampled(members=4)
+@pytest.mark.sampled(members=2)
 @pytest.mark.parametrize("name", KINDS)
 def test_channels_end_at_products_of_activations(name: str) -> None:
     """Truth: layers whose channels are multiplied by zero; for scores, autograd of a mask in their place."""
@@ -270,7 +270,7 @@ def never_zero(net: Any, x: Tensor) -> Tensor:
     return x + net.out(q @ (k.mT @ net.v(x)) / (q @ k.sum(1)[..., None]))
 
 
-@pytest.mark.sampled(members=2)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "write", [scaled_by_width, scaled_inside, softmax_over_channels, mean_over_channels, never_zero]
 )

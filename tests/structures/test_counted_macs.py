@@ -126,6 +126,7 @@ STAGES = {
 }
 
 
+@pytest.mark.sampled(members=1)
 @pytest.mark.parametrize("kind", STAGES)
 @pytest.mark.filterwarnings("ignore")
 def test_a_budget_means_what_the_model_executes(kind: str) -> None:
@@ -148,6 +149,7 @@ def test_a_budget_means_what_the_model_executes(kind: str) -> None:
     assert not any("MACs" in warning for warning in report.warnings)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_an_unreachable_share_says_what_the_model_executes() -> None:
     with pytest.raises(ValueError, match=r"macs=0\.2 is out of reach: 0\.[2-6][0-9]+ remain"):

@@ -108,7 +108,7 @@ def _of_kind(structure: TransformersStructure, kind: str) -> list[str]:
     return [group.name for group in structure.groups if group.kind == kind]
 
 
-@pytest.mark.sampled(members=4)
+@pytest.mark.sampled(members=2)
 @pytest.mark.parametrize("name", MODELS)
 def test_every_block_and_branch_is_proved(name: str) -> None:
     model = MODELS[name]()
@@ -187,6 +187,7 @@ def test_generation_with_cache_equals_without(name: str, kind: str) -> None:
     assert torch.equal(cached, model.generate(prompt, attention_mask=mask, use_cache=False, **how))
 
 
+@pytest.mark.sampled(members=2)
 @pytest.mark.parametrize("name", ["llama", "bert", "qwen2_moe", "bart"])
 def test_costs_are_those_of_what_is_left(name: str) -> None:
     model = MODELS[name]()

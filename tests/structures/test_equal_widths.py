@@ -225,7 +225,7 @@ def test_a_channel_of_every_head_goes_with_the_streams(kinds: tuple[type[Attenti
     assert [attention.num_heads for attention in model.attentions] == [kind.heads for kind in kinds]
 
 
-@pytest.mark.sampled(members=2)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kinds", "whole"),
     [*((kinds, Model) for kinds in BY_HEAD), ((Functional,), Merging)],
@@ -254,6 +254,7 @@ def test_such_streams_are_pruned_by_a_plan(kinds: tuple[type[Attention], ...]) -
     torch.testing.assert_close(applied(x), model(x), rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.slow
 def test_attention_that_keeps_a_width_of_its_own_leaves_the_stream_out() -> None:
     class Fixed(Attention):
         def split(self, x: Tensor, width: int) -> Tensor:

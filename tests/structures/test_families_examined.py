@@ -57,7 +57,7 @@ WHOLE: list[tuple[str, str, dict[str, Any], dict[str, int]]] = [
 SLOW = ("internvl", "lfm3_vl")  # others here have the same mechanisms
 
 
-@pytest.mark.sampled(members=4)
+@pytest.mark.sampled(members=2)
 @pytest.mark.parametrize(
     ("task", "model_type", "sizes", "kinds"),
     [pytest.param(*one, id=f"{one[0]}-{one[1]}", marks=[pytest.mark.slow] if one[1] in SLOW else []) for one in WHOLE],

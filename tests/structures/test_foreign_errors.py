@@ -76,6 +76,7 @@ OUTPUTS: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
+@pytest.mark.sampled(members=6)
 @pytest.mark.parametrize("kind", OUTPUTS)
 @pytest.mark.parametrize("options", [{}, {"labels": False}, {"compensate": "ls"}], ids=str)
 def test_outputs_of_any_nesting(kind: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

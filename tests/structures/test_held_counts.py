@@ -113,7 +113,7 @@ def built(kind: type[nn.Module]) -> tuple[Any, Tensor]:
     return kind().double().eval(), torch.randn(2, LENGTH, FEATURES, dtype=torch.float64)
 
 
-@pytest.mark.sampled(members=2)
+@pytest.mark.sampled(members=1)
 @pytest.mark.parametrize("kind", EXPECTED, ids=lambda kind: kind.__name__)
 def test_counts_follow_the_units_and_the_plan_holds_them(kind: type[nn.Module], tmp_path: Path) -> None:
     model, x = built(kind)

@@ -97,7 +97,7 @@ COUPLED: dict[str, tuple[Callable[[], Net], Callable[[], Tensor], int, int]] = {
 }
 
 
-@pytest.mark.sampled(members=2)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COUPLED)
 def test_channels_that_tracing_loses_are_pruned_exactly(name: str) -> None:
     """Truth: what a layer loses of its inputs is zero there in the unpruned model."""
@@ -276,7 +276,7 @@ def test_many_wide_sums_are_told_apart_within_the_limit(
         assert bool((one.inputs["reader"].sum(1) == 1).all())
 
 
-@pytest.mark.sampled(members=2)
+@pytest.mark.sampled(members=1)
 @pytest.mark.parametrize(
     "more", ["nothing", "a mix of tokens", "a parameter of every token", "a gate for all", "a diagonal"]
 )

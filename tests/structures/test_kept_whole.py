@@ -74,6 +74,7 @@ HELD: dict[str, tuple[Reads, Callable[[], dict[str, Any]], dict[str, str]]] = {
 }
 
 
+@pytest.mark.sampled(members=2)
 @pytest.mark.parametrize("name", HELD)
 def test_what_holds_weights_is_in_a_group_or_left_out_by_name(name: str) -> None:
     reads, members, expected = HELD[name]

@@ -64,6 +64,7 @@ def test_convolutions(build: Callable[[], nn.Module]) -> None:
     assert table.costs(structure.groups).total() == pytest.approx(taken, abs=overhead)
 
 
+@pytest.mark.sampled(members=2)
 @pytest.mark.parametrize("family", ["llama", "bert", "vit", "gpt2", "mamba", "moe"])
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_transformers(family: str) -> None:

@@ -22,6 +22,7 @@ from obc.structures.units import NotPrunableError, divided
 SIZE = 6
 
 
+@pytest.mark.sampled(members=6)
 @pytest.mark.parametrize("seed", range(20))
 def test_every_input_of_a_random_wiring_is_traced_to_its_channel(seed: int) -> None:
     net = random_wired(seed)
@@ -117,7 +118,7 @@ def images() -> Tensor:
     return torch.randn(4, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.sampled(members=8)
+@pytest.mark.sampled(members=5)
 @pytest.mark.parametrize("name", WRITTEN)
 @pytest.mark.parametrize("count", [1, 2])
 def test_models_that_people_write_are_pruned_exactly(name: str, count: int) -> None:

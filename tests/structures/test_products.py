@@ -171,6 +171,7 @@ def built(name: str, check: bool = True) -> tuple[nn.Module, Tensor, TorchPrunin
     return model, x, TorchPruningStructure(model, x, num_heads=heads, check=check)
 
 
+@pytest.mark.sampled(members=4)
 @pytest.mark.filterwarnings("ignore:TF32 acceleration")
 @pytest.mark.parametrize("name", MODELS)
 def test_costs_count_what_torch_counts_at_every_width(name: str) -> None:

@@ -81,7 +81,7 @@ JOINED = {
 }
 
 
-@pytest.mark.sampled(members=7)
+@pytest.mark.sampled(members=4)
 @pytest.mark.parametrize("name", [*RIGHT, *OTHER])
 def test_channels_in_any_order_are_pruned_exactly(name: str) -> None:
     """The true order is found by running the model if tracing sees another."""
@@ -280,7 +280,7 @@ NORMS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.sampled(members=6)
+@pytest.mark.sampled(members=3)
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("name", [*FAINT, *ALONE])
 def test_operations_over_channels_show_on_large_ones(name: str, norm: str) -> None:
@@ -442,6 +442,7 @@ def test_random_numbers_for_each_channel_are_named(drawn: Callable[[Tensor], Ten
 # --- which groups are at fault, and what it costs -----------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_one_wrong_group_among_many_is_found_in_few_passes() -> None:
     class Deep(nn.Module):
         def __init__(self) -> None:

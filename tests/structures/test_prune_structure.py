@@ -256,7 +256,7 @@ def test_a_plan_cuts_the_unpruned_model_to_the_same(name: str) -> None:
         assert all(getattr(module, key, None) == getattr(other, key, None) for key in sizes)
 
 
-@pytest.mark.sampled(members=4)
+@pytest.mark.sampled(members=2)
 @pytest.mark.parametrize("name", [name for name, net in NETS.items() if net.silencing])
 def test_removing_a_unit_silences_what_its_consumers_read(name: str) -> None:
     """Without norms over channels between, a unit that is gone is one whose consumers multiply it by zero."""
@@ -389,6 +389,7 @@ def test_what_tracing_misses_is_found_by_running() -> None:
     assert "does not run" in structure.left_out["same"]
 
 
+@pytest.mark.slow
 def test_whole_heads_of_attention_are_found_without_num_heads() -> None:
     structure = TorchPruningStructure(demo_models.Transformer(), torch.zeros(1, 1, 8, 8))
     groups = {group.name: group for group in structure.groups}

@@ -119,7 +119,7 @@ def assert_exact(net: nn.Module, x: Tensor, sizes: dict[str, int]) -> nn.Module:
     return pruned
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(members=2)
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("run", [whole, states, packed])
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
@@ -181,7 +181,7 @@ WIRED: dict[str, tuple[Callable[[], Net], dict[str, int]]] = {
 }
 
 
-@pytest.mark.sampled(members=3)
+@pytest.mark.sampled(members=2)
 @pytest.mark.parametrize("name", WIRED)
 def test_channels_around_recurrent_layers(name: str) -> None:
     build, sizes = WIRED[name]

@@ -183,7 +183,7 @@ def test_heads_are_found_and_their_removal_is_exact(form: str) -> None:
     assert [attention.heads for attention in model.attentions] == [2, 2]  # type: ignore[union-attr]
 
 
-@pytest.mark.sampled(members=5)
+@pytest.mark.sampled(members=2)
 @pytest.mark.parametrize("form", FORMS)
 def test_a_plan_with_heads_is_applied_with_their_counts(form: str) -> None:
     model, x = case(form)
@@ -195,6 +195,7 @@ def test_a_plan_with_heads_is_applied_with_their_counts(form: str) -> None:
     assert torch.equal(applied(x), model(x))
 
 
+@pytest.mark.sampled(members=1)
 @pytest.mark.parametrize("form", ["fused", "two streams", "norms over all heads"])
 def test_pruning_chooses_among_heads_and_channels(form: str) -> None:
     model, x = case(form)

@@ -228,6 +228,7 @@ def own_adapters(layer: str) -> nn.Module:
     return model
 
 
+@pytest.mark.sampled(members=2)
 @pytest.mark.parametrize("layer", ["gate_proj", "up_proj", "down_proj", "q_proj", "v_proj", "o_proj"])
 def test_blocks_with_a_wrapped_layer_are_left_out(layer: str) -> None:
     model = own_adapters(layer)

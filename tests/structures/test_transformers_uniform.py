@@ -61,7 +61,7 @@ MODELS = {
 }
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(members=3)
 @pytest.mark.filterwarnings("ignore:.*rows:UserWarning")
 @pytest.mark.parametrize("round_to", [None, 64])
 @pytest.mark.parametrize("macs", [0.7, 0.5])
@@ -145,6 +145,7 @@ def test_heads_stay_where_the_config_has_no_word_for_fewer(family: str) -> None:
     assert f"all {len(heads)} such groups keep their {heads[0].size} units" in structure.left_out[heads[0].name]
 
 
+@pytest.mark.sampled(members=1)
 @pytest.mark.filterwarnings("ignore:.*rows:UserWarning")
 @pytest.mark.parametrize("allocation", ["global", "uniform"])
 def test_widths_far_apart_are_not_overshot_on_the_way(allocation: str) -> None:

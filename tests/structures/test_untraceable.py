@@ -127,6 +127,7 @@ UNTRACEABLE: dict[str, tuple[Callable[[], Net], Callable[[], Tensor], dict[str, 
 }
 
 
+@pytest.mark.sampled(members=3)
 @pytest.mark.parametrize("name", UNTRACEABLE)
 def test_what_tracing_misses_is_pruned_exactly(name: str) -> None:
     """Truth: what a layer loses of its inputs is zero there in the unpruned model."""
@@ -150,6 +151,7 @@ def test_what_tracing_misses_is_pruned_exactly(name: str) -> None:
     assert (cause in said[0]) if cause else True
 
 
+@pytest.mark.slow
 def test_the_report_says_that_tracing_failed() -> None:
     torch.manual_seed(0)
     batches = [(images().float(), torch.tensor([0, 1]))]

@@ -171,6 +171,7 @@ class Sharing(Fused):
         return self.position(length)
 
 
+@pytest.mark.sampled(members=1)
 @pytest.mark.parametrize("kind", [Table, Places])
 def test_attentions_that_share_a_module_are_pruned_exactly(kind: type[nn.Module]) -> None:
     torch.manual_seed(0)
