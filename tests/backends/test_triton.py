@@ -156,6 +156,7 @@ else:
 """
 
 
+@pytest.mark.sampled(members=1)
 @pytest.mark.parametrize("program", [WITHOUT_TRITON, WITHOUT_GPU], ids=["no triton", "no gpu"])
 def test_require_says_what_is_missing(program: str) -> None:
     result = run_python("-c", program, interpret=False)
@@ -163,5 +164,6 @@ def test_require_says_what_is_missing(program: str) -> None:
     assert result.stdout == result.stderr == ""
 
 
+@pytest.mark.slow
 def test_require_accepts_the_interpreter() -> None:
     passed(run_python("-c", "import obc_kernels; obc_kernels.require()", interpret=True))

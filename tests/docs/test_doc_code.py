@@ -137,6 +137,7 @@ def _on_transformers(folder: Path) -> dict[str, Any]:
     return given
 
 
+@pytest.mark.sampled(members=1)
 @pytest.mark.parametrize("name", ["transformers", "large_models", "stored_models"])
 def test_a_guide_on_transformers_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every block; what it saves by ``save_pretrained``, ``from_pretrained`` loads."""

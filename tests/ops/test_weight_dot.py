@@ -135,6 +135,7 @@ def test_weight_dot_noncontiguous(
         check_moments(weight, grad)
 
 
+@pytest.mark.sampled(members=1)
 @pytest.mark.parametrize("target", TARGETS)
 @given(data=st.data(), shape=shapes, groups=st.integers(1, 3), dtype=st.sampled_from([torch.float32, torch.float16]))
 def test_weight_dot_of_any_shape_and_strides(

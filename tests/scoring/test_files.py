@@ -102,6 +102,7 @@ def test_a_failure_while_writing_leaves_what_was_there(error: type[BaseException
         assert before is None or path.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_what_was_there(tmp_path: Path) -> None:
     path = tmp_path / "file[1]"
     path.write_bytes(b"before")

@@ -64,6 +64,7 @@ def seen(module: nn.Module, args: Any, output: Tensor) -> None:
     """A user's hook that is a function, where the gates' are methods."""
 
 
+@pytest.mark.sampled(members=1)
 @pytest.mark.parametrize(("rows", "prepend"), [pytest.param("batch", False, marks=pytest.mark.slow), ("sample", True)])
 def test_compiled_beside_hooks_of_the_user(rows: str, prepend: bool, fresh_dynamo: None) -> None:
     """torch 2.11 compiles hooks in the order of an OrderedDict and guards them in that of the dictionary beneath."""
@@ -86,6 +87,7 @@ def test_an_input_changed_in_place_in_a_compiled_model_is_refused(fresh_dynamo: 
         score_compiled(NASTY["input-changed"](), "aot_eager")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler for the CPU")
 def test_compiled_by_inductor_after_attaching(fresh_dynamo: None) -> None:
     case = models.linears()

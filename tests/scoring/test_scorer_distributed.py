@@ -269,7 +269,7 @@ def assert_equal_scores(scores: obc.Scores, expected: obc.Scores, prefix: str = 
                 torch.testing.assert_close(here, there, rtol=1e-5, atol=1e-5 * largest, msg=f"{name}.{side}")
 
 
-@pytest.mark.sampled(members=5)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_scores_of_a_model_on_several_processes_are_those_of_one(folder: Path, name: str) -> None:
     scenario = SCENARIOS[name]

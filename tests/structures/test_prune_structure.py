@@ -284,6 +284,7 @@ def test_removing_a_unit_silences_what_its_consumers_read(name: str) -> None:
         torch.testing.assert_close(model(x), silenced(x), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_units_are_what_must_go_together() -> None:
     def group(name: str, producer: str) -> Any:
         net = NETS[name]

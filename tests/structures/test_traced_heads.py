@@ -211,6 +211,7 @@ def test_heads_that_the_caller_speaks_of_are_his() -> None:
     assert list(half_of_the_heads(structure)) == ["attentions.1.to_q"]
 
 
+@pytest.mark.slow
 def test_heads_that_a_module_counts_elsewhere_stay() -> None:
     class Fixed(Attention):
         def split(self, x: Tensor) -> Tensor:
