@@ -34,6 +34,10 @@ logger = logging.getLogger("obc")
 # float32 gates differed by at most 3.2e-6; half precision rounds activations and gradients separately.
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 
+# The same of the sums over both sides' gates, a single number, which other layers could meet by chance.
+_SUM_TOLERANCE = {**_TOLERANCE, torch.float32: 3e-5, torch.float64: 1e-9}
+# The same of two sums over these entries: one number, which a layer that computes something else could meet by chance.
+_SUM_TOLERANCE = {**_TOLERANCE, torch.float32: 3e-5, torch.float64: 1e-9}
 # GPUs may multiply float32 with eleven bits (TF32, cuDNN's default for convolutions): activations and weight
 # gradients are then rounded separately, by 5e-4 of each product.
 _TF32_TOLERANCE = 1e-2
@@ -221,6 +225,8 @@ def holds_on_a_sample(plan: Plan) -> bool:
     for source in plan.sources:
         if source.gradient.seen and _compare(source.readers, source.gradient) is not None:
             return False
+        if any(reader.reason == NORMALISED for reader in source.readers):  # of a sample, two sums prove little
+            return False
         if source.gradient.seen and not all(bool(slot.of(slot.flat.reference).any()) for slot in source.gradient.slots):
             return False
     for reader in plan.without_source():
@@ -258,11 +264,11 @@ def _disagreement(slot: Slot, source: WeightGradient, half: torch.dtype | None) 
     return f"gate and weight gradient differ by {difference / max(largest, 1e-38):.1e} of the layer's largest entry"
 
 
-def _tolerance(dtype: torch.dtype, device: torch.device) -> float:
+def _tolerance(dtype: torch.dtype, device: torch.device, tolerances: Mapping[torch.dtype, float] = _TOLERANCE) -> float:
     """The largest accepted difference between a gate and the weight gradient, for the precision of the products."""
     if dtype == torch.float32 and device.type == "cuda" and tf32_is_allowed():
         return _TF32_TOLERANCE
-    return _TOLERANCE[dtype]
+    return tolerances[dtype]
 
 
 def _compare(readers: list[ModuleReader], source: WeightGradient) -> str | None:
@@ -302,8 +308,11 @@ def _unless_normalised(
     if all(own > _NORMALISED * gated for own, gated in largest):
         return reason
     flat = source.slots[0].flat
-    allowed = _tolerance(half or flat.dtype, flat.device) * float(sum(one.abs().sum() for one in computed))
-    if len(readers) == 1 and len(computed) == 2 and abs(float(computed[0].sum() - computed[1].sum())) <= allowed:
+    share = _tolerance(half or flat.dtype, flat.device, _SUM_TOLERANCE)
+    allowed = share * float(sum(one.abs().sum() for one in computed))
+    fits = len(readers) == 1 and len(computed) == 2 and abs(float(computed[0].sum() - computed[1].sum())) <= allowed
+    source.misfit = source.misfit or not fits  # what one row disproves, another can't prove
+    if not source.misfit:
         readers[0].reason = NORMALISED
         return None
     return f"{NORMALISED}, and its gates do not fit a layer with the normalised weight"

@@ -116,6 +116,9 @@ class WeightGradient:
         biases: (bias, its slot) of every module that uses the weight.
         elementwise: the weight multiplies channels along its last dimension (norms); ``rows`` is their slot.
         column_dim: 2 for experts stored as one tensor, otherwise 1.
+
+    Attributes:
+        misfit: a row showed that no layer with the normalised weight computes what its module does.
     """
 
     def __init__(
@@ -132,7 +135,7 @@ class WeightGradient:
         self.column_dim = column_dim
         self.weight, self.rows, self.columns, self.groups, self.fold = weight, rows, columns, groups, fold
         self.biases, self.elementwise = biases, elementwise
-        self.fired = False
+        self.fired = self.misfit = False
         self.forget()
         self._undo: list[Callable[[], None]] = []
 
