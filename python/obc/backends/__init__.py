@@ -17,6 +17,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -69,24 +70,10 @@ def _load_reference() -> Any:
 
 
 @functools.cache
-def _load_cpu() -> Any:
-    from obc.backends import cpu
+def _loaded(name: str) -> Any:
+    from obc.backends import cpu, cuda, triton
 
-    return cpu.load()
-
-
-@functools.cache
-def _load_cuda() -> Any:
-    from obc.backends import cuda
-
-    return cuda.load()
-
-
-@functools.cache
-def _load_triton() -> Any:
-    from obc.backends import triton
-
-    return triton.load()
+    return {"cpu": cpu, "cuda": cuda, "triton": triton}[name].load()
 
 
 def _triton_devices() -> frozenset[str]:
@@ -99,10 +86,15 @@ BACKENDS = {
     backend.name: backend
     for backend in (
         Backend(
-            "cuda", lambda: frozenset({"cuda"}), _load_cuda, "install obc on a machine with nvcc and a torch with CUDA"
+            "cuda",
+            lambda: frozenset({"cuda"}),
+            partial(_loaded, "cuda"),
+            "install obc on a machine with nvcc and a torch with CUDA",
         ),
-        Backend("triton", _triton_devices, _load_triton, "pip install triton on a machine with a GPU"),
-        Backend("cpu", lambda: frozenset({"cpu"}), _load_cpu, "install a C++17 compiler and reinstall obc"),
+        Backend("triton", _triton_devices, partial(_loaded, "triton"), "pip install triton on a machine with a GPU"),
+        Backend(
+            "cpu", lambda: frozenset({"cpu"}), partial(_loaded, "cpu"), "install a C++17 compiler and reinstall obc"
+        ),
         Backend("reference", lambda: None, _load_reference, "it is part of obc"),
     )
 }

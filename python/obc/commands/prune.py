@@ -179,11 +179,7 @@ def _entry(parsed: argparse.Namespace, budget: Budget) -> int:
         if parsed.kinds is not None:
             options["structure"] = _structure_of(subject, parsed.kinds, options.pop("ignored_layers", ()))
         result = obc.prune(
-            subject.model,
-            None if parsed.kinds else subject.example_inputs,
-            subject.batches,
-            subject.loss_fn,
-            **options,
+            subject.model, None if parsed.kinds else subject.example_inputs, subject.batches, subject.loss_fn, **options
         )
     with whole_folder(out) as stage:
         save_model(result.model, str(stage / "model.safetensors"), force_contiguous=True)

@@ -82,10 +82,7 @@ class ModelResult:
     criteria: tuple[CriterionResult, ...]
 
 
-RECIPES = (
-    Recipe("residual CNN", ResidualCNN, epochs=10),
-    Recipe("transformer", Transformer, epochs=30),
-)
+RECIPES = (Recipe("residual CNN", ResidualCNN, epochs=10), Recipe("transformer", Transformer, epochs=30))
 
 
 def run(

@@ -89,10 +89,7 @@ def _strip(scores: Mapping[str, Sided]) -> Html:
                 element("rect", x=x, y=tick, width=width, height=1.5, class_="tick"),
             )
         )
-    ends = [
-        element("text", f"{10**high:.0e}", x=4, y=12),
-        element("text", f"{10**low:.0e}", x=4, y=_STRIP_HEIGHT - 4),
-    ]
+    ends = [element("text", f"{10**high:.0e}", x=4, y=12), element("text", f"{10**low:.0e}", x=4, y=_STRIP_HEIGHT - 4)]
     label = "smallest, median and largest score of every module"
     return element("svg", *bars, *ends, viewBox=f"0 0 {_STRIP_WIDTH} {_STRIP_HEIGHT}", role="img", aria_label=label)
 

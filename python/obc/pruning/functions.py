@@ -37,12 +37,7 @@ class Functions:
 
     @classmethod
     def of(
-        cls,
-        loss_fn: LossFn | ForwardFn | None,
-        forward_fn: ForwardFn | None,
-        labels: bool,
-        rows: RowKind,
-        seed: int,
+        cls, loss_fn: LossFn | ForwardFn | None, forward_fn: ForwardFn | None, labels: bool, rows: RowKind, seed: int
     ) -> Functions:
         """Convert the arguments of ``obc.prune``.
 

@@ -32,12 +32,7 @@ _WIDEST = 4096
 
 
 def better_criterion(
-    choice: Choice,
-    structure: Structure,
-    subject: Subject,
-    budget: Budget,
-    options: Options,
-    report: PruningReport,
+    choice: Choice, structure: Structure, subject: Subject, budget: Budget, options: Options, report: PruningReport
 ) -> Choice:
     """``choice``, or the same with ``kfac_obs`` if that leaves the smaller output error after compensation.
 
@@ -87,12 +82,7 @@ def read_by_pointwise(groups: Sequence[ChannelGroup], model: nn.Module) -> bool:
 
 
 def _error(
-    choice: Choice,
-    structure: Any,
-    subject: Subject,
-    budget: Budget,
-    options: Options,
-    report: PruningReport,
+    choice: Choice, structure: Any, subject: Subject, budget: Budget, options: Options, report: PruningReport
 ) -> float:
     """The output error on held-out batches of a copy that is pruned by ``choice`` in one step and compensated."""
     model = deep_copy(structure.model)

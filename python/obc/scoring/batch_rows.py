@@ -33,11 +33,7 @@ class BatchRows:
     """
 
     def __init__(
-        self,
-        scorer: JacobianScorer,
-        loss_fn: LossFn,
-        micro_batch: int | None = None,
-        loss_scale: float = 1.0,
+        self, scorer: JacobianScorer, loss_fn: LossFn, micro_batch: int | None = None, loss_scale: float = 1.0
     ) -> None:
         if micro_batch is not None:
             positive("micro_batch", micro_batch)

@@ -116,10 +116,7 @@ def equal_widths(
 
 
 def equal_shares(
-    limits: Sequence[EqualWidths],
-    costs: Costs,
-    budget: float,
-    shares: Callable[[str, float], float] | None = None,
+    limits: Sequence[EqualWidths], costs: Costs, budget: float, shares: Callable[[str, float], float] | None = None
 ) -> dict[str, int]:
     """Per group, the widths at the largest level that frees the budget; ``shares`` as for :func:`select_uniform`."""
     sizes = costs.sizes

@@ -150,13 +150,7 @@ class BlockRun:
     # --- one block, and what lies outside -----------------------------------------------------------------------
 
     def _read_block(
-        self,
-        place: int,
-        run: Callable[..., Any],
-        batch: int,
-        parts: Sequence[Any],
-        states: HiddenStates,
-        reading: bool,
+        self, place: int, run: Callable[..., Any], batch: int, parts: Sequence[Any], states: HiddenStates, reading: bool
     ) -> None:
         name = self.chain[place]
         self.readers.begin()

@@ -21,13 +21,7 @@ from obc.model.sharding import is_dtensor
 from obc.scoring.coverage import Coverage
 from obc.statistics.errors import StatisticsError
 from obc.statistics.part import Part, is_running_again
-from obc.statistics.routed import (
-    RoutedInput,
-    expert_count,
-    expert_name,
-    inner_width,
-    unreadable,
-)
+from obc.statistics.routed import RoutedInput, expert_count, expert_name, inner_width, unreadable
 from obc.statistics.sums import Sums
 
 Groups = Sequence[ChannelGroup] | None

@@ -103,13 +103,7 @@ class JacobianImportance(GroupMagnitudeImportance):
         self._named.clear()
 
     def score(
-        self,
-        model: nn.Module,
-        batches: Iterable[Any],
-        loss_fn: LossFn,
-        *,
-        pruner: Any = None,
-        **options: Any,
+        self, model: nn.Module, batches: Iterable[Any], loss_fn: LossFn, *, pruner: Any = None, **options: Any
     ) -> Scores:
         """Score ``model`` by :func:`obc.score`, use the scores and return them.
 
@@ -237,10 +231,7 @@ class JacobianImportance(GroupMagnitudeImportance):
             raise ValueError(f"strict: layers to be pruned have no scores: {named}")
         self._named.update(new)
         if new:
-            warnings.warn(
-                f"layers are pruned without being scored: {named}",
-                stacklevel=3,
-            )
+            warnings.warn(f"layers are pruned without being scored: {named}", stacklevel=3)
 
     def _say_uncoupled(self, name: str) -> None:
         """Grouped queries: a key or value channel serves several roots, and Torch-Pruning does not say which."""

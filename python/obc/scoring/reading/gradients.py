@@ -95,10 +95,7 @@ class ComputedWeight:
             return [self.module.parametrizations[self.name].register_forward_hook(parametrised).remove]  # type: ignore[union-attr, index]
         before: Tensor = getattr(self.module, self.name)
         setattr(self.module, self.name, leaf(before))  # a function may read it before the first call
-        return [
-            self.module.register_forward_pre_hook(called).remove,
-            lambda: setattr(self.module, self.name, before),
-        ]
+        return [self.module.register_forward_pre_hook(called).remove, lambda: setattr(self.module, self.name, before)]
 
 
 class WeightGradient:
