@@ -1,7 +1,5 @@
 """obc's distribution name, which differs from the import name, and its version."""
 
-from __future__ import annotations
-
 import functools
 import importlib.metadata
 

@@ -1,7 +1,5 @@
 """``obc.info()``: what is installed, what is missing, and how to get it."""
 
-from __future__ import annotations
-
 import os
 import platform
 from typing import Any

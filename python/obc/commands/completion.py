@@ -1,7 +1,5 @@
 """``obc completion``: a script that completes commands, options and files in a shell."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 from typing import Any

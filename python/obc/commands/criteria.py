@@ -1,7 +1,5 @@
 """``obc criteria``: the table of criteria; ``docs/criteria.md`` has more about each."""
 
-from __future__ import annotations
-
 import argparse
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Calibration data from local files: text, JSON lines or a folder of images, as batches of equal shape."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """A Python entry point ``module:function`` that returns what to prune."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import importlib.util

@@ -1,7 +1,5 @@
 """Prunes a local transformers directory in steps: scored on local data, pruned, compensated."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 from typing import Any

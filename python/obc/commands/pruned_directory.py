@@ -1,7 +1,5 @@
 """Writes a pruned transformers directory."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

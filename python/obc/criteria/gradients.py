@@ -1,7 +1,5 @@
 """Criteria from weight times weight gradient: Taylor, Fisher, LLM-Pruner, NIRVANA."""
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """Reads rows of residuals at consumers' inputs, by hooks, during the backward pass."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

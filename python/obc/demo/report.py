@@ -1,7 +1,5 @@
 """The demo's results as tables and as one picture."""
 
-from __future__ import annotations
-
 import math
 import statistics
 import textwrap

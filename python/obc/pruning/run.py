@@ -1,7 +1,5 @@
 """``obc.prune``: prunes a trained model to a budget of MACs, parameters, memory or time in one call."""
 
-from __future__ import annotations
-
 import contextlib
 import numbers
 import os

@@ -1,7 +1,5 @@
 """Runs models over calibration batches: captures inputs, compares outputs, estimates BatchNorm statistics."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any

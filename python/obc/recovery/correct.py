@@ -26,8 +26,6 @@ channels of the remaining share of each channel's error; at the end they decide 
 unpruned model's at all.
 """
 
-from __future__ import annotations
-
 import copy
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence

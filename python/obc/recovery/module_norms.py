@@ -1,7 +1,5 @@
 """New statistics for the BatchNorms of one module of the chain, once its layers are corrected."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence

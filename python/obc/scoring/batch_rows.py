@@ -1,7 +1,5 @@
 """Turns batches into rows for ``obc.score``."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """``obc.score``: the whole scoring run over an iterable of batches."""
 
-from __future__ import annotations
-
 import inspect
 import logging
 import time

@@ -1,7 +1,5 @@
 """Moments of the gradients with respect to layers' inputs, per channel."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar

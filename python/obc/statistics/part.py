@@ -1,7 +1,5 @@
 """The part of a batch that the model is run on: which positions count, and whether anything is read."""
 
-from __future__ import annotations
-
 import weakref
 from typing import Any
 

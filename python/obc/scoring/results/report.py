@@ -1,7 +1,5 @@
 """The time and memory of a scoring run."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass
