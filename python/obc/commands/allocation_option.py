@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from obc.commands.common import UsageError
+from obc.commands.common import UsageError, refusing
 from obc.selection.allocation import Allocation
 from obc.selection.allocations import ALLOCATIONS
 
@@ -38,10 +38,8 @@ def allocation_of_text(text: str) -> str | Allocation | Mapping[str, float]:
             options = ", ".join(f"{key}={_said(one.default)}" for key, one in known.items())
             raise UsageError(f"--allocation {name} has no option {part!r}; it has {options or 'none'}")
         given[option] = _value(f"{name}:{option}", value, known[option].default)
-    try:
+    with refusing(ValueError, start=f"--allocation {name}: "):
         return ALLOCATIONS[name](**given)
-    except ValueError as error:
-        raise UsageError(f"--allocation {name}: {error}") from error
 
 
 def _value(option: str, text: str, default: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 from obc.commands import model_directory
 from obc.commands.allocation_option import allocation_of_text
-from obc.commands.common import UsageError, expecting, positive
+from obc.commands.common import UsageError, expecting, positive, refusing
 from obc.model.latency_table import LatencyTable, LatencyTableError
 from obc.pruning.budgets import COUNTED, Argument, Budget, Meters
 from obc.structures.memory import MemoryUse
@@ -55,10 +55,8 @@ def budget_of(parsed: argparse.Namespace) -> Budget:
     if parsed.cache_batch is not None and parsed.cache_length is None:
         raise UsageError("--cache-batch needs --cache-length: without it only weights are counted")
     use = MemoryUse(parsed.cache_length or 0, parsed.cache_batch or 1, dtype)
-    try:
+    with refusing(OSError, LatencyTableError, start="--latency-table: "):
         table = None if parsed.latency_table is None else LatencyTable.load(parsed.latency_table)
-    except (OSError, LatencyTableError) as error:
-        raise UsageError(f"--latency-table: {error}") from error
     given: dict[Argument, float | None] = {name: getattr(parsed, name) for name in COUNTED}
     if parsed.ratio is not None:
         given["macs"] = 1 - parsed.ratio

@@ -71,12 +71,12 @@ def positive(text: str) -> int:
 
 
 @contextlib.contextmanager
-def refusing(*errors: type[Exception]) -> Iterator[None]:
-    """Inside the block, these errors say that the request can't be carried out, and why."""
+def refusing(*errors: type[Exception], start: str = "") -> Iterator[None]:
+    """Inside the block, these errors say, after ``start``, that the request can't be carried out, and why."""
     try:
         yield
     except errors as error:
-        raise UsageError(str(error)) from error
+        raise UsageError(f"{start}{error}") from error
 
 
 def require(packages: Mapping[str, str]) -> None:

@@ -1,6 +1,7 @@
 """Calibration data from local files: text, JSON lines or a folder of images, as batches of equal shape."""
 
 import argparse
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -196,15 +197,9 @@ def _documents(data: Path, tokenizer: Any) -> Iterator[list[int]]:
 
 def _paragraphs(file: Any) -> Iterator[str]:
     """Runs of lines between empty lines."""
-    lines: list[str] = []
-    for line in file:
-        if line.strip():
-            lines.append(line)
-        elif lines:
+    for filled, lines in itertools.groupby(file, lambda line: bool(line.strip())):
+        if filled:
             yield "".join(lines)
-            lines = []
-    if lines:
-        yield "".join(lines)
 
 
 def _entry(data: Path, number: int, line: str) -> str | list[int]:

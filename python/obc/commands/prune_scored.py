@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import obc
 from obc.commands import data, model_directory, prune_directory, pruned_directory
 from obc.commands.allocation_option import allocation_of_text
-from obc.commands.common import UsageError, folder, require
+from obc.commands.common import UsageError, folder, refusing, require
 from obc.commands.report import load as load_scores
 from obc.commands.run_log import say
 from obc.criteria import Subject, get, scores_from
@@ -147,10 +147,8 @@ def _scores(path: Path) -> Scores:
 
 
 def _statistics(path: Path) -> obc.Statistics:
-    try:
+    with refusing(OSError, ValueError, start="--criterion needs statistics, obc score --statistics: "):
         return obc.Statistics.load(path)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--criterion needs statistics, obc score --statistics: {error}") from error
 
 
 class _ScoredJob(Job):
@@ -219,10 +217,8 @@ def _compensate(
         report.parameters_after = sum(parameter.numel() for parameter in model.parameters())
         report.warnings += means.warnings
         return f"{len(means.absorbed)} biases took over means, {len(means.created)} of them new"
-    try:
+    with refusing(ValueError, start="--compensate: "):
         found = obc.compensate(model, original, plan, batches, model_directory.outputs, mode=parsed.compensate)
-    except ValueError as error:
-        raise UsageError(f"--compensate: {error}") from error
     report.compensation = found
     return (
         f"compensated ({parsed.compensate}): held-out output error {found.naive_error:.4f} -> "

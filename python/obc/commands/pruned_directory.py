@@ -9,6 +9,7 @@ from obc.commands.model_directory import ModelDirectory
 from obc.commands.run_log import say
 from obc.files import whole_folder
 from obc.model.latency_table import LatencyTable
+from obc.model.plan import PruningPlan
 from obc.pruning.report import PruningReport
 from obc.structures.transformers.saving import PLAN_FILE, save_pruned
 
@@ -29,16 +30,22 @@ def write(
     if report.means is not None and report.means.created:
         refused = "layers have biases now that no config can express"
     with whole_folder(out) as stage:
-        if refused is None:
-            model.save_pretrained(stage)
-            plan.save(stage / PLAN_FILE)
-        else:
-            save_pruned(model, plan, stage)
-        data.copy_tokenizer(directory.path, stage)
+        save(model, plan, directory.path, stage, by_plan=refused is not None)
         if table is not None:
             table.save(stage / budget_options.TABLE_FILE)
         report.save(stage / REPORT_FILES[1])
     say_written(out, refused)
+
+
+def save(model: Any, plan: PruningPlan | None, source: Path, out: Path, by_plan: bool) -> None:
+    """Save the model with the tokenizer of ``source``; ``by_plan``: in the form that ``load_pruned`` loads."""
+    if by_plan and plan is not None:
+        save_pruned(model, plan, out)
+    else:
+        model.save_pretrained(out)
+        if plan is not None:
+            plan.save(out / PLAN_FILE)
+    data.copy_tokenizer(source, out)
 
 
 def say_written(out: Path, refused: str | None) -> None:

@@ -7,11 +7,11 @@ from typing import Any
 import obc
 from obc.commands import data, model_directory
 from obc.commands.common import REPORT_FILES, UsageError, add_command, folder, positive, refusing, require
-from obc.commands.pruned_directory import say_written
+from obc.commands.pruned_directory import save, say_written
 from obc.commands.run_log import add_log, say
 from obc.files import whole_folder
 from obc.pruning.report import PruningReport
-from obc.structures.transformers.saving import PLAN_FILE, is_saved_pruned, save_pruned
+from obc.structures.transformers.saving import is_saved_pruned
 
 _DESCRIPTION = """\
 Train the model of a pruned directory to compute again what the unpruned one computes: the divergence of their
@@ -73,7 +73,8 @@ def run(parsed: argparse.Namespace) -> int:
         )
     pruned.restore_cache()
     with whole_folder(out) as stage:
-        _save(pruned.model, plan, parsed.model, stage)
+        # In the same form as the pruned model.
+        save(pruned.model, plan, parsed.model, stage, by_plan=is_saved_pruned(parsed.model))
         _carry_report(parsed, stage)
     say(report)
     say_written(out, "" if is_saved_pruned(out) else None)
@@ -95,14 +96,3 @@ def _carry_report(parsed: argparse.Namespace, out: Path) -> None:
         said = f"{parsed.steps} steps at rate {parsed.lr:g}, {parsed.train}, against {parsed.teacher}"
         report.provenance["recovered"] = said
         report.save(out / REPORT_FILES[1])
-
-
-def _save(model: Any, plan: obc.PruningPlan | None, source: Path, out: Path) -> None:
-    """Save the model in the same form as the pruned one, with its tokenizer."""
-    if plan is not None and is_saved_pruned(source):
-        save_pruned(model, plan, out)
-    else:
-        model.save_pretrained(out)
-        if plan is not None:
-            plan.save(out / PLAN_FILE)
-    data.copy_tokenizer(source, out)

@@ -1,7 +1,8 @@
 """Runs models over calibration batches: captures inputs, compares outputs, estimates BatchNorm statistics."""
 
+import copy
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -83,6 +84,17 @@ def named_norms(module: nn.Module, place: str = "") -> dict[str, _BatchNorm]:
         for name, norm in module.named_modules()
         if isinstance(norm, _BatchNorm) and norm.track_running_stats
     }
+
+
+def restorer(modules: Iterable[nn.Module]) -> Callable[[], None]:
+    """A function that gives the modules the state again that they have now."""
+    states = [(module, copy.deepcopy(module.state_dict())) for module in modules]
+
+    def restore() -> None:
+        for module, state in states:
+            module.load_state_dict(state)
+
+    return restore
 
 
 def recalibrate_norms(

@@ -26,7 +26,6 @@ channels of the remaining share of each channel's error; at the end they decide 
 unpruned model's at all.
 """
 
-import copy
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -43,7 +42,7 @@ from obc.model.names import is_within
 from obc.model.progress import LayerProgress
 from obc.model.usable_batches import UsableBatches, all_finite
 from obc.recovery.after_chain import called_after, from_end
-from obc.recovery.calibration import named_norms, norm_reference, output_error, recalibrate_from, side_by_side
+from obc.recovery.calibration import named_norms, norm_reference, output_error, recalibrate_from, restorer, side_by_side
 from obc.recovery.chain_parts import agreed_chain, say_many_passes
 from obc.recovery.compensation_options import CompensationOptions
 from obc.recovery.compensation_report import CompensationReport
@@ -98,7 +97,7 @@ class CorrectRun:
         self.report = CompensationReport(naive_error=self._error(options.forward))
         on_all = int(options.processes.total(self.calibration)[0])
         self.corrections = LayerCorrections(options, consumers, self.report, self.batches, self.calibration, on_all)
-        self.before = copy.deepcopy([module.state_dict() for module in self._changed()])
+        self._put_back = restorer(self._changed())
         self.layers = [Layer(name, consumer, options.plan[name].out_channels) for name, consumer in consumers.items()]
 
     def _changed(self) -> list[nn.Module]:
@@ -127,9 +126,6 @@ class CorrectRun:
         except BaseException:
             self._put_back()
             raise
-
-    def _put_back(self) -> None:
-        _load(self._changed(), self.before)
 
     def _run(self) -> CompensationReport:
         self.bar.begin("correcting", len(self.layers))
@@ -311,14 +307,14 @@ class CorrectRun:
         report.compensated_error = report.final_error = self._error(on(self.held_out))
         norms = [norm for norm in norms if any(norm is other for other in self.norms)]
         if norms:
-            states = copy.deepcopy([norm.state_dict() for norm in norms])
+            put_norms_back = restorer(norms)
             reference = norm_reference(self.original, self.usable, on(self.usable))
             targets = reference.targets(self.pruned, options.plan, processes=options.processes)
             recalibrate_from(self.pruned, norms, self.usable, on(self.usable), options.processes, targets)
             if (error := self._error(on(self.held_out))) < report.final_error:
                 report.final_error, report.norms_recalibrated = error, True
             else:
-                _load(norms, states)
+                put_norms_back()
         if not report.final_error < report.naive_error:
             self._put_back()
             report.leave_naive()
@@ -333,11 +329,6 @@ def _targets(layers: Sequence[Layer], seen: Seen, offload: bool) -> dict[str, li
         tensors = [tensor.cpu() for tensor in tensors] if offload else tensors
         found[layer.name] = [replace(call, x=kept, point=kept) for call, kept in zip(calls, tensors, strict=True)]
     return found
-
-
-def _load(modules: Sequence[nn.Module], states: Sequence[Mapping[str, Any]]) -> None:
-    for module, state in zip(modules, states, strict=True):
-        module.load_state_dict(state)
 
 
 def _call(streams: Sequence[ChainBatch], module: nn.Module, place: int, index: int) -> Any:

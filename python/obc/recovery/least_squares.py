@@ -6,7 +6,6 @@ layer-by-layer result. If none brings the output closer to the unpruned model's,
 pass of the pruned model over the held-out batches per candidate, however many layers there are.
 """
 
-import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from obc.model.progress import LayerProgress
 from obc.model.usable_batches import UsableBatches, all_finite
-from obc.recovery.calibration import norm_reference, output_error, outputs, recalibrate_from, side_by_side
+from obc.recovery.calibration import norm_reference, output_error, outputs, recalibrate_from, restorer, side_by_side
 from obc.recovery.chain_parts import ChainPart, parts
 from obc.recovery.compensation_options import CompensationOptions
 from obc.recovery.compensation_report import CompensationReport, LayerCompensation
@@ -78,7 +77,7 @@ class LeastSquaresRun:
             self.targets = reference.targets(pruned, options.plan, processes=options.processes)
         self.scopes: dict[str, str] = {}
         self.consumers, self.off_stream = self._look(consumers)
-        self.norm_states = [copy.deepcopy(norm.state_dict()) for norm in norms]
+        self._put_norms_back = restorer(norms)
         self.expected = self._expected()
         self.held_out.refuse_many(options.processes.total)
         self.naive = {name: _copies(consumer.parameters()) for name, consumer in self.consumers.items()}
@@ -92,10 +91,6 @@ class LeastSquaresRun:
             self._put_all(_Candidate("naive"))
             self._put_norms_back()
             raise
-
-    def _put_norms_back(self) -> None:
-        for norm, state in zip(self.norms, self.norm_states, strict=True):
-            norm.load_state_dict(state)
 
     def _run(self) -> CompensationReport:
         self.bar.begin("regressing all layers at once", len(self.consumers))

@@ -1,7 +1,6 @@
 """New statistics for the BatchNorms of one module of the chain, once its layers are corrected."""
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from obc.model.evaluation import stream_of
 from obc.model.plan import PruningPlan
 from obc.model.processes import Processes
 from obc.model.usable_batches import UsableBatches, all_finite
-from obc.recovery.calibration import named_norms, recalibrate_from
+from obc.recovery.calibration import named_norms, recalibrate_from, restorer
 from obc.recovery.norm_reference import NormReference
 
 
@@ -50,7 +49,7 @@ class ModuleNorms:
             processes: all of them decide together.
         """
         before, outputs = self._distance(run, wanted, processes)
-        states = copy.deepcopy([norm.state_dict() for norm in self.norms])
+        put_back = restorer(self.norms)
         batches = UsableBatches(()).part([(index, index) for index in calibration])
         left_out = set(self._reference.numbers()) - set(calibration)
         targets = self._reference.targets(self.pruned, plan, self.name, left_out, processes)
@@ -58,8 +57,7 @@ class ModuleNorms:
         after, renewed = self._distance(run, wanted, processes)
         if after < before:
             return True, renewed
-        for norm, state in zip(self.norms, states, strict=True):
-            norm.load_state_dict(state)
+        put_back()
         return False, outputs
 
     @staticmethod

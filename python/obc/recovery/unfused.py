@@ -21,7 +21,7 @@ from obc.model.plan import PruningPlan
 from obc.model.processes import Processes
 from obc.model.rules import Rule, rule_for
 from obc.recovery.stream_points import Routing
-from obc.statistics.routed import RoutedCalls, expert_name, mixed, routed_input
+from obc.statistics.routed import RoutedCalls, expert_count, expert_name, mixed, routed_input
 
 
 class DownProjection(nn.Linear):
@@ -70,9 +70,10 @@ def unfused(
             kept = plan[f"{name}.{DOWN}"]
             indices = {kept.dim: kept.out_channels, kept.in_dim: kept.in_channels}
             module, whole = pruned.get_submodule(name), original.get_submodule(name)
-            numbers = _numbers(module) if indices.get(0) is None else indices[0].tolist()  # type: ignore[union-attr]
+            everyone = range(expert_count(module))
+            numbers = everyone if indices.get(0) is None else indices[0].tolist()  # type: ignore[union-attr]
             changed += [module, whole]
-            _unfuse(module, _numbers(module))
+            _unfuse(module, everyone)
             _unfuse(whole, numbers)
             features, inner = (2, 1) if is_transposed(*experts_of(module)) else (1, 2)
             layer = Kept(out_channels=indices.get(features), in_channels=indices.get(inner))
@@ -123,10 +124,6 @@ def _readable(original: nn.Module, names: Sequence[str], batch: Any, forward: Fo
     return found
 
 
-def _numbers(module: nn.Module) -> list[int]:
-    return list(range(len(experts_of(module)[1])))
-
-
 def _unfuse(module: nn.Module, numbers: Sequence[int]) -> None:
     """Give the module a layer for each of these experts, and a forward pass that calls them."""
     layers = {}
@@ -140,7 +137,7 @@ def _forward(
     module: Any, layers: dict[int, DownProjection], hidden: Tensor, indices: Tensor, weights: Tensor
 ) -> Tensor:
     """sum over experts e of g_e down_e h_e. Each layer is called once, without rows if no token was routed to it."""
-    inputs = [routed_input(module, expert, hidden, indices, weights) for expert in _numbers(module)]
+    inputs = [routed_input(module, expert, hidden, indices, weights) for expert in range(expert_count(module))]
     for routed in inputs:
         if (layer := layers.get(routed.expert)) is not None:
             layer.routing, layer.reads = Routing(routed.tokens, routed.total, routed.gates), hidden
