@@ -152,23 +152,30 @@ def _mixture_rule(module: nn.Module) -> Rule | None:
 
 
 def _elementwise_rule(module: nn.Module) -> Rule | str | None:
-    """Norms, PReLU, layer scales: a weight, and perhaps a bias, that scale and shift each channel."""
-    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    """Norms, PReLU, layer scales: a weight, and perhaps a bias, that scale and shift each channel.
+
+    Others may call them gamma and beta, or anything else; those have no buffers. That they do so is only assumed:
+    scoring checks it, and for pruning :func:`obc.structures.norm_axis.other_vectors` does.
+    """
     own = dict(module.named_parameters(recurse=False))
     if not own:
         return _lacking_weight(module)
-    if isinstance(weight, Tensor) and set(own) <= {"weight", "bias"} and not list(module.children()):
-        bias_name = None if bias is None else "bias"
+    usual = own.keys() <= {"weight", "bias"}
+    names = ["weight", *(["bias"] if "bias" in own else [])] if usual else list(own)
+    weight, alone = getattr(module, names[0], None), usual or next(module.buffers(), None) is None
+    if isinstance(weight, Tensor) and len(names) <= 2 and alone and not list(module.children()):
+        bias_name = names[1] if len(names) > 1 else None
+        bias = None if bias_name is None else own[bias_name]
         if weight.dim() == 1 and (bias is None or bias.shape == weight.shape):
             out_dim = -1
             if isinstance(module, (_NormBase, nn.GroupNorm, nn.PReLU)):
                 out_dim = 1
-            return Rule("norm", bias=bias_name, out_dim=out_dim, elementwise=True)
-        alone = weight.dim() == 4 and weight.numel() == weight.shape[-1]  # ConvNeXt V2's global response normalisation
-        if isinstance(module, nn.LayerNorm) or alone:  # over several dimensions: channels lie along the last one
+            return Rule("norm", weight=names[0], bias=bias_name, out_dim=out_dim, elementwise=True)
+        # ConvNeXt V2's global response normalisation has one such axis.
+        last = isinstance(module, nn.LayerNorm) or (weight.dim() == 4 and weight.numel() == weight.shape[-1])
+        if usual and last:  # over several dimensions: channels lie along the last one
             return Rule("gate", bias=bias_name, out_axis=weight.dim() - 1, out_dim=-1, elementwise=True)
-    names = ", ".join(sorted(own)) or "weight"
-    return f"no rule for {type(module).__name__}'s own parameters ({names})"
+    return f"no rule for {type(module).__name__}'s own parameters ({', '.join(sorted(own))})"
 
 
 def is_packed(tensor: Tensor) -> bool:

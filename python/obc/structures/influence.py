@@ -12,7 +12,7 @@ on, and these sources are done. In all passes after that no two sources change t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -90,10 +90,10 @@ class TooManyPassesError(RuntimeError):
     """Finding out would take too many forward passes; the message says how many."""
 
 
-def weight_products(model: nn.Module, run: Run, rank: int) -> WeightProducts:
+def weight_products(model: nn.Module, run: Run, rank: int, other_vectors: Collection[str] = ()) -> WeightProducts:
     """The products with weights that no layer is called for, and which channels their weights have."""
     products = WeightProducts(rank)
-    prober, products.learning = Prober(model, run, products), True
+    prober, products.learning = Prober(model, run, products, other_vectors=other_vectors), True
     prober.read({})
     names = dict.fromkeys(name for one in products.found for name in one.weights)
     tensors = {**dict(prober.model.named_parameters()), **dict(prober.model.named_buffers())}
@@ -112,6 +112,7 @@ def influences(
     sources: Mapping[str, Source],
     products: WeightProducts | None = None,
     contractions: Contractions | None = None,
+    other_vectors: Collection[str] = (),
 ) -> tuple[dict[str, Influence], int]:
     """(key of each source -> its influence, number of forward passes).
 
@@ -122,7 +123,7 @@ def influences(
     """
     if len(_KINDS) * len(sources) > _MOST_IN_ALL:
         raise TooManyPassesError(_TOO_MANY.format(f"up to {len(_KINDS) * len(sources)}"))
-    prober = Prober(model, run, products, contractions)
+    prober = Prober(model, run, products, contractions, other_vectors)
     if contractions is not None:
         _learn(prober, sources, contractions)
         if not contractions.found:

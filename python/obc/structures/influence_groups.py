@@ -81,6 +81,7 @@ def coupled_channels(
     taken: Collection[str | tuple[str, Side]],
     rank: int = 0,
     contracted: bool = False,
+    other_vectors: Collection[str] = (),
 ) -> Findings:
     """What running ``model`` shows of ``layers``.
 
@@ -92,11 +93,13 @@ def coupled_channels(
         taken: layers and parameters whose channels belong to other groups: by name, or one side of them.
         rank: where weights outside layers share several dimensions with what they multiply, which of them counts.
         contracted: channels end at products of activations that sum over them, and at other sums over them.
+        other_vectors: see :func:`obc.structures.norm_axis.other_vectors`.
     """
-    products = weight_products(model, run, rank)
-    sources = _sources(model, layers, taken, products)
+    products = weight_products(model, run, rank, other_vectors)
+    sources = _sources(model, layers, taken, products, other_vectors)
+    contractions = Contractions() if contracted else None
     try:
-        found, passes = influences(model, run, sources, products, Contractions() if contracted else None)
+        found, passes = influences(model, run, sources, products, contractions, other_vectors)
     except TooManyPassesError as error:
         return Findings(reasons=dict.fromkeys(layers, str(error)))
     if not found:  # nothing ends at such products
@@ -130,7 +133,11 @@ def coupled_channels(
 
 
 def _sources(
-    model: nn.Module, layers: Collection[str], taken: Collection[str | tuple[str, Side]], products: WeightProducts
+    model: nn.Module,
+    layers: Collection[str],
+    taken: Collection[str | tuple[str, Side]],
+    products: WeightProducts,
+    other_vectors: Collection[str],
 ) -> dict[str, Source]:
     """Layers by name, and embeddings and each dimension of parameters and buffers outside layers by other keys.
 
@@ -155,7 +162,9 @@ def _sources(
                 for dim, side in _sides(module, layout, key).items():
                     if (name, side) not in taken:
                         sources[f"{full}:{dim}"] = Source(name, tensor.shape[dim], full, dim, side)
-            elif not isinstance(rule, Rule) and full not in taken and type(tensor) in (nn.Parameter, Tensor):
+            elif isinstance(rule, Rule) and name not in other_vectors:
+                continue
+            elif full not in taken and type(tensor) in (nn.Parameter, Tensor):
                 for dim, size in enumerate(tensor.shape):
                     one = f"{full}:{dim}"
                     side = "in" if products.reads(one) else "out"
@@ -359,7 +368,7 @@ class _Classes:
         for name in self._found[key].inputs:
             if name not in self._modules or reads_channels(self._modules[name]):
                 break
-            norm = name if getattr(self._modules[name], "weight", None) is not None else norm
+            norm = name if next(self._modules[name].parameters(recurse=False), None) is not None else norm
         if norm is None:
             yield from ((self._sources[key].name, "out", channel) for channel in channels)
         else:

@@ -113,7 +113,8 @@ def _by_influence(
             raise _RunError from error
 
     try:
-        findings = coupled_channels(varied_copy(structure.model), guarded, layers, fixed, taken, rank, contracted)
+        model = varied_copy(structure.model)
+        findings = coupled_channels(model, guarded, layers, fixed, taken, rank, contracted, finder.other_vectors)
     except _RunError:
         return None
     except Exception as error:  # a fault of the search itself

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -46,7 +46,7 @@ def changed(before: Mapping[str, list[Tensor]], now: Mapping[str, list[Tensor]])
 
 
 class Prober:
-    """A copy of a model whose layers return invented numbers.
+    """A copy of a model whose layers return invented numbers; ``other_vectors`` name modules that are no norms.
 
     Attributes:
         model: the copy.
@@ -64,6 +64,7 @@ class Prober:
         run: Run,
         products: WeightProducts | None = None,
         contractions: Contractions | None = None,
+        other_vectors: Collection[str] = (),
     ) -> None:
         self.model, self._run, self.products = shared_copy(model), run, products or WeightProducts()
         self.contractions = contractions
@@ -77,7 +78,8 @@ class Prober:
         self.returned: list[Tensor] = []
         modules = list(named_modules(self.model))
         for name, module in modules:
-            self._listen(name, module)
+            if name not in other_vectors:
+                self._listen(name, module)
         called = dict.fromkeys(name for name, module in modules if is_depthwise(module))
         hooks = [
             module.register_forward_hook(lambda *_, name=name: called.pop(name, None))

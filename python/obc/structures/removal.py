@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from obc.model.kept import Kept, PlanError, kept_of, staying
 from obc.model.layouts import held_width, is_depthwise, layout_of
 from obc.model.recurrent import is_recurrent
+from obc.model.rules import Rule, rule_for
 from obc.model.slicing import same_values, sliced
 from obc.structures.masking import Lost
 
@@ -62,7 +63,8 @@ def size_of(module: nn.Module, side: str) -> int:
         return module.hidden_size if side == "out" else module.input_size
     if (width := held_width(module)) is not None:
         return width
-    layout, weight = layout_of(module), getattr(module, "weight", None)
+    layout, rule = layout_of(module), rule_for(module)
+    weight = getattr(module, rule.weight if isinstance(rule, Rule) else "weight", None)
     assert isinstance(weight, Tensor)
     return weight.shape[-1] if layout is None else layout.sizes(weight)[0 if side == "out" else 1]
 

@@ -30,6 +30,7 @@ from obc.structures.held_counts import counted, counts_read, with_counts
 from obc.structures.masking import lost_channels
 from obc.structures.measure import TracedCosts, Usage, layers_run, measure
 from obc.structures.memory import MemoryUse
+from obc.structures.norm_axis import other_vectors
 from obc.structures.probed_groups import offer_proved, recover
 from obc.structures.products import find_products
 from obc.structures.proof import Proof, prove
@@ -149,7 +150,8 @@ class TorchPruningStructure:
         self._sizes = {name: size_of(module, "out") for name, module in self._modules.items() if layout_of(module)}
         self._shared = shared_parameters(model)
         graph = self._traced(unwrapped_parameters or {}, check)
-        self._graph = TracedGraph(model, graph)
+        vectors = other_vectors(model, lambda one: self._run(one, example_inputs))
+        self._graph = TracedGraph(model, graph, vectors)
         self._finder = GroupFinder(self._graph, self._usage, settings)
         self._kept: dict[str, Kept] = {}
         self._counts: dict[str, dict[str, int | list[int]]] = {}

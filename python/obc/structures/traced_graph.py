@@ -196,6 +196,7 @@ class TracedGraph:
     Args:
         model: the model.
         graph: from :func:`trace`; an error if the model can't be traced.
+        other_vectors: see :func:`obc.structures.norm_axis.other_vectors`.
 
     Attributes:
         modules: the model's modules by name.
@@ -204,11 +205,11 @@ class TracedGraph:
         dims: parameter outside any layer -> the pruned dimension; filled by :meth:`members`.
     """
 
-    def __init__(self, model: nn.Module, graph: Any | PruningError) -> None:
+    def __init__(self, model: nn.Module, graph: Any | PruningError, other_vectors: Collection[str] = ()) -> None:
         self._model, self.failure = model, str(graph) if isinstance(graph, PruningError) else ""
         self._graph: Any = None if self.failure else graph
         self.modules = dict(model.named_modules(remove_duplicate=True))
-        self.names = {module: name for name, module in self.modules.items()}
+        self.names, self.other_vectors = {module: name for name, module in self.modules.items()}, other_vectors
         self._linear = _linear_like(model)
         self.dims: dict[str, int] = {}
 
@@ -353,7 +354,8 @@ class TracedGraph:
         owner = self._model.get_submodule(owner_name)
         _refuse_scaled_rows(owner_name, owner)
         rule = rule_for(owner)
-        if isinstance(rule, Rule) and rule.elementwise and attribute in (rule.weight, rule.bias):
+        is_norm = isinstance(rule, Rule) and rule.elementwise and attribute in (rule.weight, rule.bias)
+        if is_norm and owner_name not in self.other_vectors:
             return [(owner_name, "out", [0])]  # a norm that Torch-Pruning does not know
         self.dims[name] = dim
         return [(name, "out", [0])]

@@ -68,6 +68,7 @@ class GroupFinder:
         dims: parameter outside any layer -> the pruned dimension.
         in_dims: parameter outside any layer -> the dimension along which it reads channels.
         depthwise: the depthwise convolutions.
+        other_vectors: see :func:`obc.structures.norm_axis.other_vectors`.
         ignored: the layers whose outputs keep their widths by the caller's settings.
         kept: layers whose outputs the caller has said something about: they keep their widths, or have so many heads.
         repeats: (group, linear layer) -> number of consecutive columns per channel.
@@ -80,6 +81,7 @@ class GroupFinder:
         self._modules, self._names = graph.modules, graph.names
         self._order = {name: place for place, name in enumerate(usage.order)}
         self.dims, self.in_dims, self.depthwise = graph.dims, dict[str, int](), usage.depthwise
+        self.other_vectors = graph.other_vectors
         self.ignored, with_heads = (
             {self._names[module] for module in modules if module in self._names}
             for modules in (settings.ignored, settings.heads)

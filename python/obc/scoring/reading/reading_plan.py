@@ -59,8 +59,9 @@ class Plan:
     chains: Chains = field(default_factory=Chains)
 
     def candidates(self) -> Candidates:
-        """Candidates for chains: norms whose rows come from their own gradients."""
-        readers = [reader for reader in self.readers.values() if reader.how == "norm gradient"]
+        """Candidates for chains: norms whose rows come from their own gradients, with the names that torch's have."""
+        norms = [reader for reader in self.readers.values() if reader.how == "norm gradient"]
+        readers = [reader for reader in norms if reader.rule.weight == "weight"]
         return Candidates({id(reader.weight): (reader.module, reader.out) for reader in readers})
 
     def confirm_chains(self, candidates: Candidates | Pending, norms: Iterable[NormGradients]) -> None:
