@@ -245,6 +245,7 @@ def _process(rank: int, processes: int, folder: str) -> None:
         _training_is_as_it_was(Path(folder) / f"trained {rank}")
         rows_of_each(net()).save(Path(folder) / f"kept rows {rank}")
         (Path(folder) / f"refused {rank}").write_text(json.dumps(refused()))
+        (Path(folder) / f"not scaling {rank}").write_text(json.dumps(not_scaling()))
     finally:
         gc.collect()  # wrapped models go before their group: destroying both at once can wait for ever (torch 2.13)
         dist.destroy_process_group()
@@ -311,6 +312,36 @@ def refused() -> dict[str, str]:
         except ValueError as error:
             said[name] = str(error)
     return said
+
+
+class OneMore(nn.Module):
+    """A norm whose scale is one more than its parameter."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(-0.5, 0.5, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:]) * (1 + self.weight)
+
+
+def not_scaling() -> dict[str, str]:
+    """How modules are read whose parameters do not scale their outputs, and a norm, if no gradient can check it."""
+    modules = (nn.PReLU(WIDTH), OneMore(WIDTH), nn.LayerNorm(WIDTH))
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), *modules, nn.Linear(WIDTH, WIDTH))
+    fully_shard(model)
+    inputs = [torch.randn(4, WIDTH)]
+    group = dist.group.WORLD
+    scores = obc.score(model, inputs, lambda m, x: m(x).square().mean(), process_group=group, combine="scores")
+    return {name: str(coverage) for name, coverage in scores.coverage.items()}
+
+
+def test_without_gradients_to_check_only_what_scales_its_output_is_read_by_gates(folder: Path) -> None:
+    for path in folder.glob("not scaling *"):
+        said = json.loads(path.read_text())
+        for name in ("1", "2"):
+            assert "do not scale and shift its output" in said[name]
+        assert said["3"] == said["0"] == "gate (unchecked)"
 
 
 def test_what_cannot_be_scored_is_refused_with_the_way_out(folder: Path) -> None:

@@ -141,3 +141,54 @@ def test_a_gate_that_no_gradient_can_check_says_so() -> None:
     assert scores.coverage["head"].checked
     assert not scores.coverage["first"].checked
     assert not scores.coverage["second"].checked
+
+
+class OwnNorm(nn.Module):
+    """Two vectors, combined with normalised channels by ``combine``."""
+
+    def __init__(self, combine: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.combine = combine
+        self.weight, self.bias = nn.Parameter(torch.empty(WIDTH)), nn.Parameter(torch.empty(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.combine(x / x.square().mean(-1, keepdim=True).sqrt(), self.weight, self.bias)
+
+
+@pytest.mark.parametrize("rows", ["batch", "sample"])
+def test_norms_written_by_hand_that_share_a_bias_alone_are_read_by_gates(rows: str) -> None:
+    torch.manual_seed(0)
+    model = Sharing(norm_biases, lambda width: OwnNorm(lambda x, weight, bias: x * weight + bias))  # type: ignore[arg-type]
+    batches = [torch.randn(3, WIDTH) for _ in range(3)]
+    loss_fn = loss_of if rows == "batch" else losses_of
+    scores = obc.score(model, batches, loss_fn, rows=rows, progress=False)  # type: ignore[arg-type]
+    for name, total in expected(model, batches, loss_fn).items():
+        assert error(scores[name].out_channels, total) <= 1e-4, name
+
+
+@pytest.mark.parametrize("rows", ["batch", "sample"])
+@pytest.mark.parametrize(
+    "combine",
+    [
+        lambda x, weight, bias: x * (1 + weight) + bias,
+        lambda x, weight, bias: x + (weight * x).sin().square() / (1 + bias.square()),
+        lambda x, weight, bias: x * weight.softmax(0) + bias,
+        lambda x, weight, bias: x * weight.sum() + bias,
+        lambda x, weight, bias: (x * weight + bias).tanh(),
+    ],
+    ids=["one more", "snake", "softmax", "sum", "tanh"],
+)
+def test_what_no_gate_and_no_gradient_can_read_is_named(
+    combine: Callable[[Tensor, Tensor, Tensor], Tensor], rows: str
+) -> None:
+    """y . dL/dy is the row of norms alone, and the gradient of a shared bias does not tell the share of each use."""
+    torch.manual_seed(0)
+    model = Sharing(norm_biases, lambda width: OwnNorm(combine))  # type: ignore[arg-type]
+    batches = [torch.randn(3, WIDTH) for _ in range(3)]
+    loss_fn = loss_of if rows == "batch" else losses_of
+    scores = obc.score(model, batches, loss_fn, rows=rows, progress=False)  # type: ignore[arg-type]
+    assert {name for name, coverage in scores.coverage.items() if not coverage.scored} == {"before", "after"}
+    assert "do not scale and shift its output" in str(scores.coverage["after"])
+    wanted = expected(model, batches, loss_fn)
+    for name in ("first", "second", "head"):
+        assert error(scores[name].out_channels, wanted[name]) <= 1e-4, name

@@ -23,6 +23,8 @@ from obc.scoring.sharding import LocalPart
 
 # Names of the activation in modules' forwards, where it is passed by keyword.
 _ACTIVATION_KEYWORDS = ("input", "x", "hidden_states")
+# How exactly an output follows its parameters, relative to the largest entry; half precision rounds to 4e-3.
+_PROPORTIONAL = 3e-2
 
 
 class RowReading:
@@ -106,6 +108,7 @@ class ModuleReader:
         activation_dtypes: of its input and output in the checking row.
         watched: its weight and bias while uses of them beside its calls are watched.
         shared: its output is computed once for all samples, and the model fails if it is spread over them.
+        doubted: nothing else shows that its parameters scale and shift its output, which its gate takes for granted.
     """
 
     def __init__(self, name: str, module: nn.Module, rule: Rule, out: Slot, in_: Slot | None, fold: int) -> None:
@@ -116,7 +119,7 @@ class ModuleReader:
         self.scored = True
         self.called = False
         self.used = False
-        self.copy_input = self.copy_output = self.shared = False
+        self.copy_input = self.copy_output = self.shared = self.doubted = False
         self.activation_dtypes: set[torch.dtype] = set()
         self.watched: Sequence[Tensor] = ()
         self._watch_in, self._watch_out = _Watch(in_, keeps_received=False), _Watch(out, keeps_received=True)
@@ -237,6 +240,8 @@ class ModuleReader:
         return None
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if self.doubted and self._reads() and isinstance(output, Tensor) and not is_compiling():
+            self._doubt(args, kwargs, output)
         self._return(module, args, output)
         if self._native_out is not None and self._reading.native is not None and not is_compiling():
             result = self._native_out.after(output)
@@ -266,6 +271,30 @@ class ModuleReader:
         # A compiler sees no version counters, and removes a copy that it considers needless.
         copy = (self.copy_output and not self._reading.checking) or is_compiling()
         return gated.clone() if copy else gated
+
+    def _doubt(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        """Call the module once more, with other parameters, and note if a gate can't read it.
+
+        y . dL/dy is the row if y is multiplied, channel by channel, by what its parameters are multiplied by (Euler).
+        """
+        own, dim = dict(self.module._parameters), self.rule.out_dim
+        assert dim is not None
+        factors = 1 + torch.ones_like(self.weight.detach()).cumsum(0) / len(self.weight)
+        try:
+            self.module._parameters.update(
+                {key: nn.Parameter(one.detach() * factors) for key, one in own.items() if one is not None}
+            )
+            with torch.no_grad():
+                found = self.module.forward(*args, **kwargs)
+        finally:
+            self.module._parameters.update(own)
+        expected = output.detach() * factors.view(-1, *[1] * (output.dim() - 1 - dim % output.dim()))
+        if is_dtensor(expected):
+            found, expected = found.to_local(), expected.to_local()  # type: ignore[attr-defined]
+        self.doubted = not bool((found - expected).abs().max() <= _PROPORTIONAL * expected.abs().max())
+        if self.doubted:
+            self.reason = "its parameters do not scale and shift its output, and no gradient of theirs can be read"
+            self.scored = self._reading.checking  # which then decides
 
     def _reads(self) -> bool:
         return self.how == "gate" and self.scored and torch.is_grad_enabled() and not _in_transform()

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from obc import ops
 from obc.model.arguments import instance, meant, several
@@ -22,6 +23,8 @@ from obc.scoring.sharding import tied
 
 ModuleFilter = Iterable[str] | Mapping[str, Iterable[Side]] | Callable[[str, nn.Module], bool]
 _SIDES: frozenset[Side] = frozenset(("in", "out"))
+# Known to scale and shift their outputs.
+_SCALES = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 
 @dataclass
@@ -252,6 +255,8 @@ def make_plan(model: nn.Module, modules: ModuleFilter | None, per_sample: bool, 
         _plan_sharded(plan)
     else:
         _plan_gradients(plan, per_sample)
+    for reader in plan.without_source():
+        reader.doubted = reader.rule.kind == "norm" and not isinstance(reader.module, _SCALES)
     for flat in plan.flats.values():
         flat.allocate()
     return plan
