@@ -1,5 +1,7 @@
 """The command line; each command has a module in :mod:`obc.commands`."""
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import errno

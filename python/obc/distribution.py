@@ -1,5 +1,7 @@
 """obc's distribution name, which differs from the import name, and its version."""
 
+from __future__ import annotations
+
 import functools
 import importlib.metadata
 

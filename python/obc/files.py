@@ -1,5 +1,7 @@
 """Writes files and folders completely or not at all, and reads JSON that may be damaged."""
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import glob

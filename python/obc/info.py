@@ -1,5 +1,7 @@
 """``obc.info()``: what is installed, what is missing, and how to get it."""
 
+from __future__ import annotations
+
 import os
 import platform
 from typing import Any

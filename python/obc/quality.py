@@ -1,5 +1,7 @@
 """Quality of a model: perplexity on tokens, accuracy, and agreement with another model."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass

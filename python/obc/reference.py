@@ -7,6 +7,8 @@ Index letters: n sample, c channel, o out channel, i in channel, s position (spa
 g group, b block, k kept out channel, j kept in channel.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 import torch

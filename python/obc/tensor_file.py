@@ -1,5 +1,7 @@
 """Writes safetensors files tensor by tensor, so that large ones need no second copy in memory; and reads them."""
 
+from __future__ import annotations
+
 import itertools
 import json
 from collections.abc import Mapping, Sequence

@@ -9,6 +9,8 @@ best          :mod:`obc.backends.fastest`   first available for device, operator
 A backend is a module-like object with one callable per operator, each with the operator's positional signature.
 """
 
+from __future__ import annotations
+
 import contextlib
 import functools
 import logging

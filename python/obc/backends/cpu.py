@@ -1,5 +1,7 @@
 """The vectorised C++ kernels of ``csrc/cpu``, and ``fold`` by the platform's GEMM."""
 
+from __future__ import annotations
+
 from types import SimpleNamespace
 
 from torch import Tensor

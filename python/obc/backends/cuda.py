@@ -7,6 +7,8 @@ first copied to contiguous memory. ``end_row`` reads nothing back: if groups des
 row as not finite and adds nothing.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any

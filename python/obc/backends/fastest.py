@@ -4,6 +4,8 @@ The exceptions are copied from committed results of ``benchmarks/gpu.sh`` (see :
 same in every process, and nothing is timed while a program runs. ``OBC_BACKEND`` and ``use_backend`` take precedence.
 """
 
+from __future__ import annotations
+
 import bisect
 
 import torch

@@ -16,6 +16,8 @@ intermediate stays float32; as an operand of bfloat16 products it is split into 
 of its bits. Everything else is widened to float32.
 """
 
+from __future__ import annotations
+
 import contextlib
 from dataclasses import dataclass
 from typing import Any
@@ -181,7 +183,7 @@ def fold_backward(
 
 
 def _gradients(
-    g: Tensor, weight: Tensor, c: Tensor | None, d: Tensor | None, back: "_Backward", first: Tensor | None
+    g: Tensor, weight: Tensor, c: Tensor | None, d: Tensor | None, back: _Backward, first: Tensor | None
 ) -> Grads:
     """The gradients of the factors as blocks, and of the weight as (o, s, i)."""
     needs, form = back.needs, back.form

@@ -1,5 +1,7 @@
 """Loads the native libraries and checks that they register what this version of obc calls."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -6,6 +6,8 @@ autograd nodes serves one version of torch, so its file name contains that versi
 ``OBC_NATIVE_GATES=0`` and under ``torch.compile``, the gates in Python are used.
 """
 
+from __future__ import annotations
+
 import functools
 import importlib.util
 import logging

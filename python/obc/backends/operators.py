@@ -5,6 +5,8 @@ this file, see ``main``), the check when a library is loaded (:mod:`obc.backends
 backend must offer. It imports only the standard library.
 """
 
+from __future__ import annotations
+
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -5,6 +5,8 @@ whose operator torch's compiler calls for linear layers, uses them on any. It ad
 number of threads.
 """
 
+from __future__ import annotations
+
 import sys
 from functools import lru_cache
 from pathlib import Path

@@ -1,5 +1,7 @@
 """The Triton kernels of :mod:`obc_kernels`; ``fold`` uses one fused launch or two products, whichever fits."""
 
+from __future__ import annotations
+
 from types import SimpleNamespace
 
 from torch import Tensor

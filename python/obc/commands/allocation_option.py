@@ -1,5 +1,7 @@
 """``obc prune --allocation``: a name, a name with options, or strengths by name."""
 
+from __future__ import annotations
+
 import inspect
 from collections.abc import Mapping
 from typing import Any

@@ -1,5 +1,7 @@
 """``obc bench``: the benchmarks of a source checkout, and a picture of what they found."""
 
+from __future__ import annotations
+
 import argparse
 import shlex
 import subprocess

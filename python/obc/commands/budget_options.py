@@ -1,5 +1,7 @@
 """The options of ``obc prune`` that say how much must remain."""
 
+from __future__ import annotations
+
 import argparse
 import math
 from pathlib import Path

@@ -1,5 +1,7 @@
 """Shared parts of the commands: parsers, one-line errors, and checks of installed packages."""
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import functools

@@ -1,5 +1,7 @@
 """``obc completion``: a script that completes commands, options and files in a shell."""
 
+from __future__ import annotations
+
 import argparse
 from pathlib import Path
 from typing import Any

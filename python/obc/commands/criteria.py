@@ -1,5 +1,7 @@
 """``obc criteria``: the table of criteria; ``docs/criteria.md`` has more about each."""
 
+from __future__ import annotations
+
 import argparse
 from typing import Any
 

@@ -1,5 +1,7 @@
 """Calibration data from local files: text, JSON lines or a folder of images, as batches of equal shape."""
 
+from __future__ import annotations
+
 import argparse
 import itertools
 import json

@@ -3,6 +3,8 @@
 ``obc demo --real``: a pretrained model from a Python package, pruned and compensated without training.
 """
 
+from __future__ import annotations
+
 import argparse
 import time
 from pathlib import Path

@@ -1,5 +1,7 @@
 """A Python entry point ``module:function`` that returns what to prune."""
 
+from __future__ import annotations
+
 import contextlib
 import importlib
 import importlib.util

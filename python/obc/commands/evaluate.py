@@ -1,5 +1,7 @@
 """``obc evaluate``: perplexity, accuracy, agreement with another model, and speed of a local transformers directory."""
 
+from __future__ import annotations
+
 import argparse
 import functools
 from pathlib import Path

@@ -1,5 +1,7 @@
 """``obc info``: what is installed, what is missing, and how to get it."""
 
+from __future__ import annotations
+
 import argparse
 from collections.abc import Mapping
 from typing import Any

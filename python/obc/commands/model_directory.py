@@ -3,6 +3,8 @@
 Nothing is downloaded, no code in the directory is run, and weights are read from safetensors only.
 """
 
+from __future__ import annotations
+
 import argparse
 import sys
 from collections.abc import Callable, Mapping

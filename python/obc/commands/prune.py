@@ -1,5 +1,7 @@
 """``obc prune``: prunes the model of a Python entry point, or a local transformers directory."""
 
+from __future__ import annotations
+
 import argparse
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,5 +1,7 @@
 """Prunes a local transformers directory in steps: scored on local data, pruned, compensated."""
 
+from __future__ import annotations
+
 import argparse
 from pathlib import Path
 from typing import Any

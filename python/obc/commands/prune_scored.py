@@ -1,5 +1,7 @@
 """Prunes a local transformers directory by the scores in a file, without a forward pass."""
 
+from __future__ import annotations
+
 import argparse
 import copy
 from pathlib import Path

@@ -1,5 +1,7 @@
 """Writes a pruned transformers directory."""
 
+from __future__ import annotations
+
 from pathlib import Path
 from typing import Any
 

@@ -1,5 +1,7 @@
 """``obc recover``: trains a pruned transformers directory for a while against the unpruned one."""
 
+from __future__ import annotations
+
 import argparse
 from pathlib import Path
 from typing import Any

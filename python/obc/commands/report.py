@@ -1,5 +1,7 @@
 """``obc report``: draws a pruning, or a score file, as one self-contained page."""
 
+from __future__ import annotations
+
 import argparse
 from pathlib import Path
 from typing import Any

@@ -1,5 +1,7 @@
 """``--log FILE``: logs a command with times: arguments, output, warnings, progress, and how it ended."""
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import logging

@@ -1,5 +1,7 @@
 """``obc score``: scores a local transformers directory and writes the scores."""
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import tempfile

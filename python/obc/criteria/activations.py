@@ -1,5 +1,7 @@
 """Criteria from input moments: FLAP, Wanda-sp, Minitron, CFSP. They need forward passes only."""
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor, nn
 

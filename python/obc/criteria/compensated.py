@@ -7,6 +7,8 @@ P = H^-1, unit u a set of its channels, and y = dL_n/dx at the same positions:
     r_u[n] = sum over positions and c in u of e_c . dL_n/dx_c,          S_u = sum over n of r_u[n]^2
 """
 
+from __future__ import annotations
+
 from torch import Tensor
 
 from obc.criteria.protocol import About, MeasuredRows

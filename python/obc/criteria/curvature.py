@@ -1,5 +1,7 @@
 """Second-order criteria: w . Hw from differences of rows at scaled weights (FastOBA)."""
 
+from __future__ import annotations
+
 import contextlib
 from collections.abc import Iterator
 from dataclasses import replace

@@ -1,5 +1,7 @@
 """Criteria of whole residual blocks from their inputs and outputs. They need forward passes only."""
 
+from __future__ import annotations
+
 from typing import Literal
 
 import torch

@@ -4,6 +4,8 @@ r_b[n] = sum over positions of y . dL_n/dy, where y is the output of a branch, o
 the first-order change of the loss of row n when the block is removed.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 

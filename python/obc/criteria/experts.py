@@ -3,6 +3,8 @@
 A unit of several experts, one of every group that a router first chooses among, scores the sum over them.
 """
 
+from __future__ import annotations
+
 import logging
 
 from torch import Tensor, nn

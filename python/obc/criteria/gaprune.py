@@ -1,5 +1,7 @@
 """GAPrune: what matters more to one domain than to general text, from the rows of two sets of batches."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any

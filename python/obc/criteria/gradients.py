@@ -1,5 +1,7 @@
 """Criteria from weight times weight gradient: Taylor, Fisher, LLM-Pruner, NIRVANA."""
 
+from __future__ import annotations
+
 from typing import Any, Literal
 
 from torch import Tensor, nn

@@ -1,5 +1,7 @@
 """JBR: the Jacobian Criterion with the unpruned model's own predictions as labels."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any

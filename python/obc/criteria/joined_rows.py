@@ -1,5 +1,7 @@
 """Which rows of several layers, and of the parts of a batch, belong together."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import torch

@@ -19,6 +19,8 @@ The numerator is the Jacobian Criterion of the error that is left when a single 
 before it squares them.
 """
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor, nn
 

@@ -1,5 +1,7 @@
 """Rows that a loss function reads while its gradient is computed, beside those of the scorer."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from typing import Any
 

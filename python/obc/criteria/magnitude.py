@@ -1,5 +1,7 @@
 """Criteria from weights alone. Without data, they compare groups only after division by each group's mean."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 
 import torch

@@ -1,5 +1,7 @@
 """Masked evaluation: the model with units at zero, one forward pass over the batches for each unit or set of units."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterable
 from dataclasses import replace

@@ -1,5 +1,7 @@
 """The metric of a model with any units masked, relative to the model without: loss, KL or squared error."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping
 from typing import Any, Literal, get_args

@@ -1,5 +1,7 @@
 """NViT: the squared sum over everything removed with a unit, minus the latency that this saves."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 
 import torch

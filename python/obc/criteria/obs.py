@@ -8,6 +8,8 @@ attains it are
 which is the error of least squares on the kept channels, so ``compensate="ls"`` is the update.
 """
 
+from __future__ import annotations
+
 from typing import Literal
 
 import torch

@@ -1,5 +1,7 @@
 """The metric of the loss at the outputs of layers, F = E over rows of the sum over positions of g g^T, g = dL/dy."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any

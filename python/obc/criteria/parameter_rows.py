@@ -4,6 +4,8 @@ r_u[n] = sum over the other dimensions of w . dL_n/dw: along the dimension of wh
 gate on these channels would read.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -52,7 +54,7 @@ class ParameterRows(LossRows):
         self._handles: list[Any] = []
         self._reading: Part = (0, 0)
 
-    def __enter__(self) -> "ParameterRows":
+    def __enter__(self) -> ParameterRows:
         return self
 
     def __exit__(self, *error: Any) -> None:

@@ -1,5 +1,7 @@
 """Weight times gradient over the slices of a group, for Taylor and Fisher criteria."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from dataclasses import dataclass
 

@@ -1,5 +1,7 @@
 """The interface of criteria: the statistics that one needs, and how it turns them into one score per unit."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal

@@ -1,5 +1,7 @@
 """The share of its consumers' outputs that is lost with a unit."""
 
+from __future__ import annotations
+
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

@@ -1,5 +1,7 @@
 """Refusals of what a criterion can't score, in terms of the caller's arguments."""
 
+from __future__ import annotations
+
 import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any

@@ -1,5 +1,7 @@
 """Criteria by name, and how ``obc.prune(criterion=...)`` interprets its argument."""
 
+from __future__ import annotations
+
 from typing import Any
 
 from obc.criteria.protocol import Criterion, FromFunction

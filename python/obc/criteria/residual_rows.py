@@ -1,5 +1,7 @@
 """Reads rows of residuals at consumers' inputs, by hooks, during the backward pass."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import torch

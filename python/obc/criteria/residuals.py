@@ -4,6 +4,8 @@ A row belongs to a batch, a sample, or a number of consecutive tokens of a sampl
 the sum over positions of e . dL/dx. The rows of a sample's tokens add up to the sample's row.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
 
 import torch
@@ -85,7 +87,7 @@ class Residuals:
     rows: list[Tensor] = field(default_factory=list)
 
     @classmethod
-    def of(cls, group: str, consumer: Consumer, statistics: Statistics, ridge: float, centred: bool) -> "Residuals":
+    def of(cls, group: str, consumer: Consumer, statistics: Statistics, ridge: float, centred: bool) -> Residuals:
         """Residuals of a consumer whose Gram matrix was collected; ``ridge`` is relative to the mean diagonal.
 
         ``centred``: x is taken without its mean.

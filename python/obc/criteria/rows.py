@@ -1,5 +1,7 @@
 """Rows r_m,u[n] = w . dL_n/dw of every group, and the Jacobian Criterion, which sums their squares."""
 
+from __future__ import annotations
+
 import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass

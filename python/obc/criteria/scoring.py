@@ -1,5 +1,7 @@
 """Scores every group by a criterion: collects its statistics in one run, then scores each group."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from typing import Any
 

@@ -4,6 +4,8 @@ A whole expert's slices are its row of the router, its gate and up projections, 
 and correction biases of routers are no part of a slice's weight.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -1,5 +1,7 @@
 """What a criterion scores: a model with its groups, and the data that it may run."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 

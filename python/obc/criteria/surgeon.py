@@ -1,5 +1,7 @@
 """Optimal Brain Surgeon on one consumer: P = (E[x x^T] + lambda I)^-1, errors of units, and their removal."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +31,7 @@ class ConsumerState:
     product: Tensor | None = None
 
     @classmethod
-    def of(cls, consumer: Consumer, gram: Tensor, ridge: float) -> "ConsumerState":
+    def of(cls, consumer: Consumer, gram: Tensor, ridge: float) -> ConsumerState:
         """The state before any removal; ``ridge`` is relative to the mean diagonal of ``gram``."""
         return cls(consumer, gram, consumer.columns.clone(), inverse(gram, ridge, consumer.name))
 

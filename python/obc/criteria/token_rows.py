@@ -9,6 +9,8 @@ where L is the loss of the whole batch. The sum over t is the row of the sequenc
 independent, so they count for less than their number.
 """
 
+from __future__ import annotations
+
 from torch import Tensor
 
 from obc.criteria.protocol import About, MeasuredRows

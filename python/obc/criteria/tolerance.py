@@ -1,5 +1,7 @@
 """Masked evaluation with a tolerance of the loss, group by group (PAGCP)."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any

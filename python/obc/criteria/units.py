@@ -1,5 +1,7 @@
 """The weights and statistics of a group's units, for criteria."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 

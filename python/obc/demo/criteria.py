@@ -4,6 +4,8 @@ Torch-Pruning's own criteria keep their defaults. Taylor and the Jacobian Criter
 gradient of their summed losses, the Jacobian Criterion one row per batch.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial

@@ -1,5 +1,7 @@
 """scikit-learn's handwritten digits in three splits, determined by the seed."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from dataclasses import dataclass
 

@@ -5,6 +5,8 @@ and learning rates to try. Each chooses its learning rate by the validation spli
 chosen network.
 """
 
+from __future__ import annotations
+
 import copy
 import statistics
 from collections.abc import Callable, Sequence

@@ -3,6 +3,8 @@
 All take (N, 1, 8, 8) images and return (N, classes) logits.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 import torch

@@ -1,5 +1,7 @@
 """Pretrained models from packages of the Python package index; loading them downloads nothing."""
 
+from __future__ import annotations
+
 import importlib.util
 from pathlib import Path
 from typing import Any

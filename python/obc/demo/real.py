@@ -4,6 +4,8 @@ Calibration and test texts are different topics of the language reference includ
 nothing is downloaded.
 """
 
+from __future__ import annotations
+
 import copy
 import math
 import random

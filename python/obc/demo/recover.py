@@ -1,5 +1,7 @@
 """Recovery of a pruned network without training: BatchNorm recalibrated, or compensated by least squares."""
 
+from __future__ import annotations
+
 import copy
 import logging
 from collections.abc import Callable, Mapping

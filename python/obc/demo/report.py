@@ -1,5 +1,7 @@
 """The demo's results as tables and as one picture."""
 
+from __future__ import annotations
+
 import math
 import statistics
 import textwrap

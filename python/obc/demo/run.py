@@ -5,6 +5,8 @@ step, and the criterion is scored again on the training digits before each step,
 fewer MACs. There it is evaluated without fine-tuning: as pruned, and recovered in each way of :mod:`obc.demo.recover`.
 """
 
+from __future__ import annotations
+
 import contextlib
 import copy
 import gc

@@ -1,5 +1,7 @@
 """Training and evaluation of the demo's networks."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 from typing import Any
 

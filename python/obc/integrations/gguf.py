@@ -6,6 +6,8 @@ The vocabulary, the chat template and the settings of the rotary embedding are t
 llama.cpp's ``convert_hf_to_gguf.py`` writes. Quantise the result with ``llama-quantize``.
 """
 
+from __future__ import annotations
+
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -117,7 +119,7 @@ class _Layer:
     head_dim: int
 
     @classmethod
-    def of(cls, place: int, layer: Any) -> "_Layer":
+    def of(cls, place: int, layer: Any) -> _Layer:
         attention, inner = layer.self_attn, layer.mlp
         if not hasattr(attention, "q_proj") or not hasattr(inner, "gate_proj"):
             # llama.cpp reads such layers, but loses the attention of one that has no feed-forward block.

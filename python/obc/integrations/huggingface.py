@@ -9,6 +9,8 @@ The Trainer does everything else: data, optimizer, accumulation, checkpoints, se
 Pruning needs nothing more: call :func:`obc.equivalent_pruning` on the pruned model before, and ``merge()`` after.
 """
 
+from __future__ import annotations
+
 from typing import Any
 
 import torch

@@ -7,6 +7,8 @@ The kernels release the interpreter's lock and use ``OBC_NUM_THREADS`` threads, 
 products of :func:`fold` are torch's.
 """
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Collection, Sequence
 from operator import index

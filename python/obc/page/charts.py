@@ -1,5 +1,7 @@
 """Charts without scripts: HTML bars, which stay readable on a phone, and SVG curves."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterable, Mapping, Sequence
 

@@ -1,5 +1,7 @@
 """One self-contained page: no scripts, nothing loaded, for light and dark, narrow and wide screens."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 

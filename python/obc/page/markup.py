@@ -1,5 +1,7 @@
 """Markup that a name can't break: every string is escaped unless it is markup already."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any

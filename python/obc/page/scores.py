@@ -1,5 +1,7 @@
 """Sections of a page about scores: through the network, by layer, and how they were read."""
 
+from __future__ import annotations
+
 from collections.abc import Collection, Mapping, Sequence
 
 from torch import Tensor

@@ -1,5 +1,7 @@
 """Checks the arguments of ``obc.prune``: choices by name, caps, batches."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
@@ -52,7 +54,7 @@ class Choice:
         min_units: int,
         round_to: int | None,
         caps: Caps,
-    ) -> "Choice":
+    ) -> Choice:
         """Check the arguments of ``obc.prune``; missing ones default to the criterion's published choice.
 
         Raises:

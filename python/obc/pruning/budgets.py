@@ -1,5 +1,7 @@
 """Budgets: the share of MACs, parameters, memory or time that must remain, and how these are counted."""
 
+from __future__ import annotations
+
 import math
 import numbers
 import os
@@ -46,7 +48,7 @@ class Meters:
     table: LatencyTable | None = None
 
     @classmethod
-    def of(cls, memory_use: MemoryUse | None, table: LatencyTable | str | os.PathLike[str] | None) -> "Meters":
+    def of(cls, memory_use: MemoryUse | None, table: LatencyTable | str | os.PathLike[str] | None) -> Meters:
         """Convert the arguments of ``obc.prune``; a table may be a path.
 
         Raises:
@@ -77,7 +79,7 @@ class Meters:
             return self.table.costs(structure.groups, structure.costs("parameters").inside)
         return structure.costs(COUNTED[argument][1])  # type: ignore[arg-type]
 
-    def measured(self, structure: Any, run: Run, round_to: int | None) -> "Meters":
+    def measured(self, structure: Any, run: Run, round_to: int | None) -> Meters:
         """The same with a latency table, measured now if there is none.
 
         Raises:
@@ -130,7 +132,7 @@ class Budget:
     meters: Meters = field(default_factory=Meters)
 
     @classmethod
-    def of(cls, given: Mapping[Argument, float | None], meters: Meters | None = None) -> "Budget":
+    def of(cls, given: Mapping[Argument, float | None], meters: Meters | None = None) -> Budget:
         """The budget that is not None; half of the MACs if all are.
 
         Raises:
@@ -180,7 +182,7 @@ class Budget:
         """The part of the costs that the share refers to, at ``widths`` or at present."""
         return costs.total(widths) - (costs.constant if self.argument == "blocks" else 0.0)
 
-    def ready(self, structure: Structure, run: Run, round_to: int | None) -> "Budget":
+    def ready(self, structure: Structure, run: Run, round_to: int | None) -> Budget:
         """The same, with latency measured if needed and not given, and an amount converted to a share.
 
         Raises:
@@ -193,7 +195,7 @@ class Budget:
             budget.meters.table.check_device(structure.model)
         return budget.resolved(structure)
 
-    def resolved(self, structure: Structure) -> "Budget":
+    def resolved(self, structure: Structure) -> Budget:
         """The same, with an amount converted to its share of the unpruned model.
 
         Raises:

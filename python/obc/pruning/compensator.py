@@ -1,5 +1,7 @@
 """Compensation inside ``obc.prune``: once at the end, or after every step, so that the next step scores its result."""
 
+from __future__ import annotations
+
 import contextlib
 from collections.abc import Iterator
 from typing import Any

@@ -1,5 +1,7 @@
 """The final proof of ``obc.prune``: on the first batch, the pruned model equals the masked unpruned one."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,5 +1,7 @@
 """The functions through which ``obc.prune`` runs the caller's model: its loss, its outputs, and an example call."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -36,7 +38,7 @@ class Functions:
     @classmethod
     def of(
         cls, loss_fn: LossFn | ForwardFn | None, forward_fn: ForwardFn | None, labels: bool, rows: RowKind, seed: int
-    ) -> "Functions":
+    ) -> Functions:
         """Convert the arguments of ``obc.prune``.
 
         Raises:

@@ -1,5 +1,7 @@
 """The work of one ``obc.prune``: score, select, remove, step by step."""
 
+from __future__ import annotations
+
 import logging
 import re
 import warnings

@@ -1,5 +1,7 @@
 """What a forward pass on the first batch takes before and after pruning: MACs, and on request the time."""
 
+from __future__ import annotations
+
 import functools
 
 import torch

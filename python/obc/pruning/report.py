@@ -1,5 +1,7 @@
 """The report and the result of pruning."""
 
+from __future__ import annotations
+
 import contextlib
 import json
 import logging
@@ -190,7 +192,7 @@ class PruningReport:
             file.write((content + "\n").encode())
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "PruningReport":
+    def load(cls, path: str | os.PathLike[str]) -> PruningReport:
         """Read a report written by :meth:`save`.
 
         Raises:

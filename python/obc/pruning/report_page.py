@@ -1,5 +1,7 @@
 """The report of a pruning as a page, and as a fragment for notebooks."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from typing import Any
 

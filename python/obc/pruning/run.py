@@ -1,5 +1,7 @@
 """``obc.prune``: prunes a trained model to a budget of MACs, parameters, memory or time in one call."""
 
+from __future__ import annotations
+
 import contextlib
 import numbers
 import os

@@ -8,6 +8,8 @@ and its bias takes the rest of the mean: plain least squares with a fixed ridge.
 Widths lie on few levels, so most consumers of a candidate were solved for an earlier one.
 """
 
+from __future__ import annotations
+
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import replace

@@ -1,5 +1,7 @@
 """A snapshot of a model, so that an exception does not leave it half pruned."""
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor, nn
 

@@ -5,6 +5,8 @@ The Jacobian Criterion counts what removal does to the loss, ``kfac_obs`` what i
 where 3x3 convolutions read the channels, or in language models, it can be worse. So neither is taken on trust.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any

@@ -1,5 +1,7 @@
 """Recovery after pruning: compensation, recalibration, folded fine-tuning, distillation."""
 
+from __future__ import annotations
+
 from obc.model.kept import Kept, PlanError
 from obc.model.plan import PruningPlan
 from obc.recovery.calibration import recalibrate_norms

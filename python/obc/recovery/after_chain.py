@@ -4,6 +4,8 @@ Layers and norms after the chain, such as the head of a convolutional network, n
 modules all return the stored tensor at once. This is used only if on a first batch the model then returns the same.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial

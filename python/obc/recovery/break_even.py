@@ -7,6 +7,8 @@ With T output positions, kernel area s, and o x i channels pruned to k x j, a fo
 where F is the fold's own number, for any batch. The backward needs twice as many of each. They are equal at T*.
 """
 
+from __future__ import annotations
+
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial

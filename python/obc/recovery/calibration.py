@@ -1,5 +1,7 @@
 """Runs models over calibration batches: captures inputs, compares outputs, estimates BatchNorm statistics."""
 
+from __future__ import annotations
+
 import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

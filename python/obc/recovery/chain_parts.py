@@ -4,6 +4,8 @@ Parts are the modules of a chain (:mod:`obc.recovery.segments`). Only the tensor
 before and after the chain are reached from the models' start.
 """
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -33,7 +35,7 @@ class ChainPart:
     pruned: Callable[[Any, int], Any]
 
     @classmethod
-    def whole(cls, models: tuple[nn.Module, nn.Module], forward: ForwardFn) -> "ChainPart":
+    def whole(cls, models: tuple[nn.Module, nn.Module], forward: ForwardFn) -> ChainPart:
         """The unpruned and the pruned model from their start to their end."""
         full, pruned = models
         return cls([], lambda batch, number: forward(full, batch), lambda batch, number: forward(pruned, batch))

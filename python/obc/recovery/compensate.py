@@ -3,6 +3,8 @@
 Mode "correct" is :mod:`obc.recovery.correct`, modes "ls" and "seq" are :mod:`obc.recovery.least_squares`.
 """
 
+from __future__ import annotations
+
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence

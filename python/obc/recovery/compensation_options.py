@@ -1,5 +1,7 @@
 """The options of compensation, for both of its runs: by errors layer by layer, and by least squares."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,5 +1,7 @@
 """The report of compensation, for each layer and for the whole model."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 

@@ -1,5 +1,7 @@
 """Layers that lost inputs: their original weights, their inputs as rows, and the effect of a decompressor."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -26,6 +26,8 @@ channels of the remaining share of each channel's error; at the end they decide 
 unpruned model's at all.
 """
 
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext

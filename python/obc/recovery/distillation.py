@@ -1,5 +1,7 @@
 """Distillation losses: the distance of a pruned model's logits and hidden states from the unpruned one's."""
 
+from __future__ import annotations
+
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field

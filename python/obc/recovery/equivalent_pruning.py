@@ -6,6 +6,8 @@ and training trajectory are those of the network with explicit 1x1 layers; activ
 model's. :mod:`obc.recovery.folds` has the parametrisations.
 """
 
+from __future__ import annotations
+
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -38,7 +40,7 @@ def equivalent_pruning(
     factors: Literal["full", "reduced"] = "full",
     order: Literal["CB"] = "CB",
     example_inputs: Any = None,
-) -> "EquivalentPruning":
+) -> EquivalentPruning:
     """Give every pruned layer of ``pruned_model`` its original weight with a compressor and a decompressor, in place.
 
     Linear and convolutional layers are folded, including transposed ones and grouped ones (block-diagonal by conv

@@ -9,6 +9,8 @@ are compared each time until a change is first seen, whatever caused it: an opti
 that bumps no version counter.
 """
 
+from __future__ import annotations
+
 from typing import Any
 
 import torch

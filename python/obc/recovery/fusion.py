@@ -11,6 +11,8 @@ that read them the columns W T^T (sums of what they fuse). Units with equal inpu
 one linear program per group, with |K| * units variables.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args

@@ -3,6 +3,8 @@
 The regression is in :mod:`obc.recovery.normal_equations`, the order of the layers in :mod:`obc.recovery.correct`.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -62,7 +64,7 @@ class CorrectionSums:
     inputs: RegressionMoments | None = None  # used instead for a layer whose outputs overlap
 
     @classmethod
-    def of(cls, consumer: PrunedConsumer) -> "CorrectionSums":
+    def of(cls, consumer: PrunedConsumer) -> CorrectionSums:
         """Empty sums for the layer."""
         shape, device = columns_of(consumer.module, consumer.layout), next(consumer.module.parameters()).device
         return cls(NormalEquations(*shape, device), NormalEquations(*shape, device))

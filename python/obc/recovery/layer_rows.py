@@ -1,5 +1,7 @@
 """A layer as a matrix product: its input as rows, each read by one output position, and a change of its weight."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import torch

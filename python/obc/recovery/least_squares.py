@@ -6,6 +6,8 @@ layer-by-layer result. If none brings the output closer to the unpruned model's,
 pass of the pruned model over the held-out batches per candidate, however many layers there are.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial

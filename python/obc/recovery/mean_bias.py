@@ -1,5 +1,7 @@
 """Adds the mean contribution of dropped channels to their consumers' biases: FLAP's update."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any

@@ -1,5 +1,7 @@
 """New statistics for the BatchNorms of one module of the chain, once its layers are corrected."""
 
+from __future__ import annotations
+
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any

@@ -10,6 +10,8 @@ x, e is zero in the kept channels, and only the others are regressed. With an in
 consumer's bias absorbs W (E[x] - D E[z]).
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 import torch

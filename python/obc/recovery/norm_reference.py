@@ -13,6 +13,8 @@ the training data, the new statistics are M and V, as in plain recalibration; if
 own. delta, a small part of var + eps, protects the scale of channels that hardly vary on the batches.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -8,6 +8,8 @@ so that a growing ridge leaves the weight unchanged. With an intercept the momen
 absorbs diag(1/a) E[e] - change E[z].
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 

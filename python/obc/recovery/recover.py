@@ -1,5 +1,7 @@
 """``obc.recover``: short training of a pruned model against the unpruned one."""
 
+from __future__ import annotations
+
 import json
 import logging
 import math

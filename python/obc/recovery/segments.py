@@ -6,6 +6,8 @@ counts for a module only if the module also contains the sum that the layer's ou
 modules, run one by one on the inputs seen, return the outputs seen.
 """
 
+from __future__ import annotations
+
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -140,7 +142,7 @@ class Arguments:
     autocast: PresentAutocast = field(default_factory=PresentAutocast, compare=False)
 
     @classmethod
-    def of(cls, args: Any, kwargs: Any, stream: Tensor | None) -> "Arguments":
+    def of(cls, args: Any, kwargs: Any, stream: Tensor | None) -> Arguments:
         """The arguments of a call; ``stream`` is the stream among them, None means the first floating tensor."""
         leaves, spec = pytree.tree_flatten((args, kwargs))
         if stream is None:
@@ -156,7 +158,7 @@ class Arguments:
         with self.autocast():
             return module(*args, **kwargs)
 
-    def same_as(self, other: "Arguments") -> bool:
+    def same_as(self, other: Arguments) -> bool:
         """Whether both hold the same objects in the same places."""
         return (
             self.spec == other.spec

@@ -7,6 +7,8 @@ the sum, in ``x + attention(x) + mlp(x)`` the sum of all three. It is the layer'
 goes elsewhere, such as through an activation or a norm over channels, has its own output as its point.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -38,11 +40,11 @@ class Routing:
     total: int
     gates: Tensor
 
-    def where(self, counted: Tensor) -> "Routing":
+    def where(self, counted: Tensor) -> Routing:
         """The same for the tokens where ``counted``, (n,) bool, is true."""
         return Routing(self.tokens[counted], self.total, self.gates[counted])
 
-    def among(self, other: "Routing") -> Tensor:
+    def among(self, other: Routing) -> Tensor:
         """(n,) bool: which of these tokens are the other's too."""
         return torch.isin(self.tokens, other.tokens)
 
@@ -77,7 +79,7 @@ class Call:
         """The innermost module that contains the layer and its point."""
         return self.stack[-1]
 
-    def where(self, counted: Tensor) -> "Call":
+    def where(self, counted: Tensor) -> Call:
         """An expert's call without the tokens for which ``counted``, (n,) bool, is false."""
         assert self.routing is not None
         return replace(self, x=self.x[counted], point=self.point[counted], routing=self.routing.where(counted))
@@ -125,7 +127,7 @@ class _Observer(TorchFunctionMode):
         self.waiting = self.closed = 0
         self.handles: list[Any] = []
 
-    def __enter__(self) -> "_Observer":
+    def __enter__(self) -> _Observer:
         for name, module in self.whole.named_modules() if self.whole is not None else ():
             if name:
                 self.handles.append(module.register_forward_pre_hook(lambda *_, name=name: self.stack.append(name)))

@@ -1,5 +1,7 @@
 """The parameters that recovery trains: the pruned model's own, Equivalent Pruning's folds, or low-rank updates."""
 
+from __future__ import annotations
+
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass

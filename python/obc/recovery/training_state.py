@@ -1,5 +1,7 @@
 """Checkpoints of training without pickle: parameters, optimizer state and random numbers in one safetensors file."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Mapping
 from dataclasses import asdict

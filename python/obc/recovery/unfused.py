@@ -5,6 +5,8 @@ a layer, a view of the tensor (and of that of the biases) that compensation chan
 expert by expert.
 """
 
+from __future__ import annotations
+
 import contextlib
 from collections.abc import Iterator, Sequence
 from functools import partial

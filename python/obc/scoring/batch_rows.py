@@ -1,5 +1,7 @@
 """Turns batches into rows for ``obc.score``."""
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Iterator
 from typing import Any

@@ -1,5 +1,7 @@
 """Checkpoints of a scoring run: the scorer's state, saved to one file every few batches."""
 
+from __future__ import annotations
+
 import itertools
 import json
 from collections.abc import Mapping

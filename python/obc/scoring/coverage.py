@@ -1,5 +1,7 @@
 """How one module was read: the values of ``Scores.coverage`` and ``Statistics.coverage``."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -41,7 +43,7 @@ class Coverage(str):
         checked: bool = True,
         tied: Iterable[str] = (),
         chained: Iterable[Iterable[str]] = (),
-    ) -> "Coverage":
+    ) -> Coverage:
         tied, pairs = tuple(tied), tuple((side, source) for side, source in chained)
         text = how + " on a copy" * copied + " (unchecked)" * (not checked)
         text += "" if reason is None else f": {reason}"
@@ -55,17 +57,17 @@ class Coverage(str):
         return self
 
     @classmethod
-    def unscored(cls, reason: str) -> "Coverage":
+    def unscored(cls, reason: str) -> Coverage:
         """The coverage of a module that has no scores, for a ``reason``."""
         return cls(_UNSCORED, reason)
 
     @classmethod
-    def unread(cls, reason: str) -> "Coverage":
+    def unread(cls, reason: str) -> Coverage:
         """The coverage of a module that a statistic could not read, for a ``reason``."""
         return cls(_UNREAD, reason)
 
     @classmethod
-    def parse(cls, text: str) -> "Coverage":
+    def parse(cls, text: str) -> Coverage:
         """The coverage whose text is ``text``; early file formats store only the text."""
         if isinstance(text, cls):
             return text

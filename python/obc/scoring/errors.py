@@ -1,5 +1,7 @@
 """Errors raised while a row is read."""
 
+from __future__ import annotations
+
 from obc.model.arguments import listed
 from obc.model.errors import add_note
 
@@ -28,7 +30,7 @@ class SampleRowsError(ScoringError):
     """Some modules have no per-sample form: sample rows must come one sample at a time."""
 
     @classmethod
-    def of(cls, names: list[str]) -> "SampleRowsError":
+    def of(cls, names: list[str]) -> SampleRowsError:
         """The error for the modules ``names``."""
         shown = listed([repr(name) for name in names])
         return cls(

@@ -1,5 +1,7 @@
 """Estimates the memory that scoring takes, by part, from one micro-batch of a checking row and of a later row."""
 
+from __future__ import annotations
+
 import itertools
 import weakref
 from collections.abc import Callable, Iterable

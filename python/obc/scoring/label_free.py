@@ -1,5 +1,7 @@
 """A loss without labels: random projections of the output. Its rows tell how much the output changes."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from typing import Any, Literal, get_args
@@ -22,7 +24,7 @@ def label_free_loss(
     seed: int = 0,
     centre: bool | None = None,
     metric: Metric = "euclidean",
-) -> "LabelFreeLoss":
+) -> LabelFreeLoss:
     """The loss v . z of each sample for :func:`obc.score` without labels; z is the model's output, v ~ N(0, M).
 
     r[n, c] = w_c . d(v . z)/dw_c. The mean of r^2 over v is (J_c w_c)^T M (J_c w_c): how far the output moves, to first

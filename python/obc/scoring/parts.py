@@ -1,5 +1,7 @@
 """The parts of a scorer, shared by the steps that read rows, resume, and compute scores."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,5 +1,7 @@
 """Where a run is in a pass over its batches: a run that resumes goes on there, and refuses other batches."""
 
+from __future__ import annotations
+
 import hashlib
 import itertools
 import logging

@@ -1,5 +1,7 @@
 """The life of a row: opened, read by backwards, completed, squared and counted; or dropped after an error."""
 
+from __future__ import annotations
+
 import contextlib
 from collections.abc import Iterator
 

@@ -1,5 +1,7 @@
 """``obc.score``: the whole scoring run over an iterable of batches."""
 
+from __future__ import annotations
+
 import inspect
 import logging
 import time

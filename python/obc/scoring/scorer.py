@@ -1,5 +1,7 @@
 """The scorer: attaches to a model, reads one row per backward, adds up the squares, and leaves the model as it was."""
 
+from __future__ import annotations
+
 import contextlib
 import logging
 from types import TracebackType
@@ -124,7 +126,7 @@ class JacobianScorer:
         """A number that grows whenever a backward adds to the present row."""
         return sum(flat.changes for flat in self._parts.flats)
 
-    def __enter__(self) -> "JacobianScorer":
+    def __enter__(self) -> JacobianScorer:
         parts = self._parts
         if parts.attachment is not None:
             raise ScoringError("this scorer is attached already; leave its `with` block before entering it again")

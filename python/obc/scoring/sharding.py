@@ -5,6 +5,8 @@ of its own. Under tensor parallelism they are parts: some channels, some positio
 then the sum over the processes of what their gates read; where all processes computed the same, it counts once.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Iterator
 from typing import Any
 

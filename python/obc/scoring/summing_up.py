@@ -1,5 +1,7 @@
 """Turns the sums and kept rows of one scorer, or of several processes' scorers, into scores."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

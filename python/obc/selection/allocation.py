@@ -1,5 +1,7 @@
 """Allocations: how much each group loses, with any criterion. Scores then decide which of its units are removed."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import replace

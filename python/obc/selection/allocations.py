@@ -1,5 +1,7 @@
 """The allocations by name."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 
 from obc.model.arguments import one_of

@@ -1,5 +1,7 @@
 """Equal widths within families of groups, and how much each family loses: decided by the rows."""
 
+from __future__ import annotations
+
 import itertools
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
@@ -94,7 +96,7 @@ class _Ranking:
     squares: Tensor
 
     @classmethod
-    def of(cls, limit: EqualWidths, task: Task) -> "_Ranking":
+    def of(cls, limit: EqualWidths, task: Task) -> _Ranking:
         most = limit.permitted[-1] - limit.permitted[0]
         order: dict[str, Tensor] = {}
         rows, joint = task.scores, task.selection == "joint"

@@ -1,5 +1,7 @@
 """Limits on how much one group may lose; names of groups and of the blocks that contain them."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +24,7 @@ class Caps:
     protected: tuple[int, int] = (0, 0)
 
     @classmethod
-    def of(cls, ratio: float | Mapping[str, float], protected: int | tuple[int, int]) -> "Caps":
+    def of(cls, ratio: float | Mapping[str, float], protected: int | tuple[int, int]) -> Caps:
         """Check and convert the arguments of ``obc.prune`` or ``obc.select``.
 
         Raises:

@@ -1,5 +1,7 @@
 """Checks the arguments of ``obc.select`` and converts them to one form."""
 
+from __future__ import annotations
+
 import math
 import numbers
 import warnings

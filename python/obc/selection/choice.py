@@ -1,5 +1,7 @@
 """obc.select: chooses the units to remove so that enough is freed and the loss changes least."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal

@@ -1,5 +1,7 @@
 """The greedy choice on the CPU in a compiled step on one thread; same choices as :mod:`obc.selection.greedy`."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,5 +1,7 @@
 """Allocations of the papers on depth pruning: remove the last blocks, or the cheapest window of consecutive blocks."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Literal
 

@@ -21,6 +21,8 @@ A large front is treated in the same way: its steps are taken in rounds, each wi
 smallest front are compiled.
 """
 
+from __future__ import annotations
+
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -114,7 +116,7 @@ class Trace:
     reach: list[NDArray[np.float64]] = field(default_factory=list)
     states: list[Tensor] = field(default_factory=list)
 
-    def extend(self, picks: Sequence[int], other: "Trace", count: int) -> None:
+    def extend(self, picks: Sequence[int], other: Trace, count: int) -> None:
         """Append the first ``count`` steps of another trace; ``picks`` are its units, as numbered here."""
         self.picks += picks[:count]
         self.reach += other.reach[:count]
@@ -150,7 +152,7 @@ class FrontUnits:
     def __len__(self) -> int:
         return len(self.increments)
 
-    def at(self, units: Tensor, directions: bool) -> "FrontUnits":
+    def at(self, units: Tensor, directions: bool) -> FrontUnits:
         """Some of the units, with copies of their data; the rows stay shared."""
         return FrontUnits(
             self.rows,
@@ -336,7 +338,7 @@ class Field:
         front = scores.topk(size, largest=False, sorted=False).indices
         return front[scores[front] < torch.inf].sort().values
 
-    def _among(self, front: Tensor) -> "Field":
+    def _among(self, front: Tensor) -> Field:
         """The units of a front as a set of their own."""
         rounds = self._rounds[1:]
         units = self._units.at(front, directions=bool(fitting(rounds, len(front))))

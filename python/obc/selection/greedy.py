@@ -1,5 +1,7 @@
 """The greedy choice of units under a budget, in tensor operations that do not wait for the device."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -46,7 +48,7 @@ class RemovalCosts:
     slope: Tensor
     curvature: Tensor
     unit_costs: Tensor | None
-    effective: "EffectiveWidths | None" = None
+    effective: EffectiveWidths | None = None
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ x_u . x_h, a sum of columns of X X^T with X (C, N). Everything is float64: produ
 it, so the result stays right after cancellation.
 """
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

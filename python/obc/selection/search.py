@@ -1,5 +1,7 @@
 """Allocation by evolutionary search for widths that disturb the output least, measured with units masked."""
 
+from __future__ import annotations
+
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace

@@ -1,5 +1,7 @@
 """The problem that an allocation solves: what may go, what it costs, how much must be freed, and the limits."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 

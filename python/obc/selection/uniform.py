@@ -1,5 +1,7 @@
 """Selection under equal widths: all groups of a family lose equally many units, chosen within each group."""
 
+from __future__ import annotations
+
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -90,7 +92,7 @@ class EqualWidths:
         """The smallest permitted width of at least a share of the full one, if there is one."""
         return self.permitted[min(bisect_left(self.permitted, share * self.full), len(self.permitted) - 1)]
 
-    def at_least(self, width: int) -> "EqualWidths":
+    def at_least(self, width: int) -> EqualWidths:
         """The same family without smaller widths."""
         return replace(self, permitted=self.permitted[bisect_left(self.permitted, width) :])
 

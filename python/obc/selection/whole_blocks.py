@@ -1,5 +1,7 @@
 """The greedy choice with groups that are whole blocks: with a block go the units of the groups inside it."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping, Sequence
 

@@ -1,5 +1,7 @@
 """A collection block by block: each block runs on all batches before the next one does."""
 
+from __future__ import annotations
+
 import contextlib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -148,13 +150,7 @@ class BlockRun:
     # --- one block, and what lies outside -----------------------------------------------------------------------
 
     def _read_block(
-        self,
-        place: int,
-        run: Callable[..., Any],
-        batch: int,
-        parts: Sequence[Any],
-        states: "HiddenStates",
-        reading: bool,
+        self, place: int, run: Callable[..., Any], batch: int, parts: Sequence[Any], states: HiddenStates, reading: bool
     ) -> None:
         name = self.chain[place]
         self.readers.begin()
@@ -176,7 +172,7 @@ class BlockRun:
             states.put((place, batch, index), output)
         self.readers.commit(batch)
 
-    def _read_rest(self, batch: int, parts: Sequence[Any], states: "HiddenStates", reading: bool) -> None:
+    def _read_rest(self, batch: int, parts: Sequence[Any], states: HiddenStates, reading: bool) -> None:
         """Read the layers outside the blocks: the model runs with a stand-in for every block."""
         last = len(self.chain) - 1
         self.readers.begin()
@@ -227,7 +223,7 @@ class BlockRun:
 
         return replaced(self.model.get_submodule(self.chain[place]), forward=answered, _compiled_call_impl=answered)
 
-    def _hand_windows(self, name: str, batch: int, index: int, states: "HiddenStates") -> None:
+    def _hand_windows(self, name: str, batch: int, index: int, states: HiddenStates) -> None:
         """Pass the input of the first block to windows of several blocks that end here."""
         for reader in self.readers.values():
             first = reader.window(name)
@@ -272,7 +268,7 @@ class HiddenStates:
         self._folder = None if where == "host" else tempfile.TemporaryDirectory(prefix="obc-states-", dir=where)
         self.bytes = self._now = 0
 
-    def __enter__(self) -> "HiddenStates":
+    def __enter__(self) -> HiddenStates:
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -1,5 +1,7 @@
 """Moves a model's weights to a device block by block, from host memory or from safetensors files."""
 
+from __future__ import annotations
+
 import contextlib
 from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import dataclass

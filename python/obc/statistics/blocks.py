@@ -1,5 +1,7 @@
 """How much residual blocks change their input: the statistic of depth pruning."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

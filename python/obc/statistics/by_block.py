@@ -1,5 +1,7 @@
 """Options of a collection block by block, for models larger than the device."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike

@@ -1,5 +1,7 @@
 """Checkpoints of a collection: sums, rows and random generators, saved in one file every few batches."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from os import PathLike
 from typing import Any

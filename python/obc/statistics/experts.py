@@ -1,5 +1,7 @@
 """How the experts of a mixture are used, for REAP, frequency and activation norms."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial

@@ -1,5 +1,7 @@
 """Moments of the gradients with respect to layers' inputs, per channel."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar

@@ -1,5 +1,7 @@
 """The Gram matrix of a layer's input, for the Optimal Brain Surgeon family and least squares."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args

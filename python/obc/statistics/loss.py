@@ -1,5 +1,7 @@
 """A loss function that tells readers which part of a batch is run, and when each backward begins."""
 
+from __future__ import annotations
+
 import contextlib
 from collections.abc import Iterator
 from typing import Any

@@ -1,5 +1,7 @@
 """Estimates the memory of a collection before the first batch is run."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 

@@ -1,5 +1,7 @@
 """Moments of layers' inputs per channel, for FLAP, Wanda-sp, Minitron and CFSP."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar

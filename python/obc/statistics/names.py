@@ -1,5 +1,7 @@
 """The statistics by name, their options, and whether a collected one has what its user needs."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any

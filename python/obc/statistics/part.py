@@ -1,5 +1,7 @@
 """The part of a batch that the model is run on: which positions count, and whether anything is read."""
 
+from __future__ import annotations
+
 import weakref
 from typing import Any
 

@@ -1,5 +1,7 @@
 """The two halves of a statistic: its options, and the reader that hooks into one model."""
 
+from __future__ import annotations
+
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -37,7 +39,7 @@ class Statistic(Protocol):
     name: ClassVar[str]
     backward: ClassVar[bool]
 
-    def reader(self, model: nn.Module, groups: Groups, part: Part) -> "Reader":
+    def reader(self, model: nn.Module, groups: Groups, part: Part) -> Reader:
         """The reader of this statistic for one model; it reads only what these groups need."""
 
 

@@ -1,5 +1,7 @@
 """The result of a collection: statistics by module, how each module was read, and their file."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
@@ -200,7 +202,7 @@ class Statistics:
         save_tensors(path, tensors, {"format": _FORMAT, **texts})
 
     @classmethod
-    def load(cls, path: str | PathLike[str]) -> "Statistics":
+    def load(cls, path: str | PathLike[str]) -> Statistics:
         """Read a file written by :meth:`save`.
 
         Raises:
@@ -214,7 +216,7 @@ class Statistics:
             raise StatisticsError(f"{path} is a damaged file of statistics: {error!r}") from error
 
     @classmethod
-    def _parsed(cls, header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> "Statistics":
+    def _parsed(cls, header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Statistics:
         numbers = parse_json(header["numbers"], dict[str, dict[str, dict[str, float]]])
         values: dict[str, dict[str, Any]] = {}
         for name, modules in numbers.items():

@@ -9,6 +9,8 @@ respect to the module's output,
     dL/dy_e = g_e G        and        dL/dh_e = down_e^T dL/dy_e        at the tokens routed to e.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +43,7 @@ class RoutedInput:
     total: int
     gates: Tensor
 
-    def where(self, counted: Tensor) -> "RoutedInput":
+    def where(self, counted: Tensor) -> RoutedInput:
         """The same for the tokens where ``counted``, (n,) bool, is true."""
         return RoutedInput(self.expert, self.x[counted], self.tokens[counted], self.total, self.gates[counted])
 

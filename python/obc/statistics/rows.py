@@ -1,5 +1,7 @@
 """Rows of the Jacobian Criterion as a statistic, read by the scorer in the same run."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import ClassVar, get_args
 

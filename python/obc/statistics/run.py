@@ -1,5 +1,7 @@
 """``obc.collect``: any set of statistics in one run over the batches."""
 
+from __future__ import annotations
+
 import contextlib
 import logging
 import time

@@ -1,5 +1,7 @@
 """Running sums of one statistic. A batch's summands are kept separate until the batch is known to be finite."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 
 import torch
@@ -66,7 +68,7 @@ class Sums:
         """Begin a batch, for the first time or again: forget its summands."""
         self._batch.clear()
 
-    def hand_over(self, other: "Sums") -> None:
+    def hand_over(self, other: Sums) -> None:
         """Add the summands of the current batch to those of ``other``."""
         for (modules, field), values in self._batch.items():
             other.add(modules, field, values)

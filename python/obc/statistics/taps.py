@@ -1,5 +1,7 @@
 """Reads the gradient of an activation during the backward pass."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from typing import Any
 

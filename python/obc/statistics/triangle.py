@@ -1,5 +1,7 @@
 """Symmetric matrices as block rows on and above their diagonal, concatenated in a vector."""
 
+from __future__ import annotations
+
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass

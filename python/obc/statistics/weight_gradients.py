@@ -1,5 +1,7 @@
 """Sums of weight gradients and of their squares: the statistic of Taylor and Fisher criteria."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial

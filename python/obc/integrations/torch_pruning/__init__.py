@@ -6,6 +6,8 @@
 >>> pruner.step()
 """
 
+from __future__ import annotations
+
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Mapping

@@ -6,6 +6,8 @@
 >>> pruner.step()
 """
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Iterable
 from dataclasses import replace

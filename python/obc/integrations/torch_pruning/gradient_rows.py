@@ -7,6 +7,8 @@ A loop may zero the gradients between rows or let them add up. A hook that fires
 a gradient, subtracts from the row what was there already, so that the row holds only the new part.
 """
 
+from __future__ import annotations
+
 import warnings
 from dataclasses import dataclass, field
 from functools import partial

@@ -1,5 +1,7 @@
 """What the groups of a Torch-Pruning pruner remove: modules, sides and root channels."""
 
+from __future__ import annotations
+
 from typing import Any
 
 from torch import nn

@@ -4,6 +4,8 @@ Weights are frozen, norms keep their gradients in one flat vector, and gates sit
 row every weight's gradient is contracted. ``undo`` restores requires_grad, .grad and hooks.
 """
 
+from __future__ import annotations
+
 import contextlib
 import weakref
 from collections.abc import Callable

@@ -1,5 +1,7 @@
 """Candidates of chains (:mod:`obc.scoring.reading.chains`): what the graph of the checking row suggests."""
 
+from __future__ import annotations
+
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any

@@ -15,6 +15,8 @@ numerically (a second reader of y would show). In every later row each input che
 same node; if not, the row is dropped and repeated without that chain.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -62,7 +64,7 @@ class Chains:
             if candidate.source is not None:
                 sources.add(candidate.source)
 
-    def _add(self, chain: "_Copy | _Before") -> None:
+    def _add(self, chain: _Copy | _Before) -> None:
         self._chains[chain.slot] = chain
         self.slots[chain.slot] = chain.follows_from
         self._fill = None
@@ -181,7 +183,7 @@ class _Copy:
         self.follows_from = f"the row of {source.label}"
 
     @classmethod
-    def of(cls, link: Candidate, source: Slot) -> "_Copy | None":
+    def of(cls, link: Candidate, source: Slot) -> _Copy | None:
         """The copy that agrees with the current rows, or None."""
         slot = link.slot
         if slot.flat is not source.flat or slot.size == 0 or source.size % slot.size:

@@ -5,6 +5,8 @@ disagree with it (its forward was bypassed, its weight is also used elsewhere, i
 read from its weight's gradient from then on.
 """
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Mapping
 from typing import Any

@@ -4,6 +4,8 @@ There is one :class:`FlatRow` per device and accumulation dtype. A gate's ``.gra
 in place, and one operator, ``obc.ops.end_row``, ends a row.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,7 +27,7 @@ class Slot:
     """
 
     label: str
-    flat: "FlatRow"
+    flat: FlatRow
     start: int
     stop: int
     gate: Tensor | None = None

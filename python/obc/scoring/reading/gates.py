@@ -7,6 +7,8 @@ every use, micro-batch and checkpointed segment directly into it. Nothing has si
 it. :mod:`obc.backends.native_gates` does the same in C++.
 """
 
+from __future__ import annotations
+
 from typing import Any
 
 import torch

@@ -1,5 +1,7 @@
 """Rows read from parameters' gradients: norms' gradients, kept in one flat vector, and transient weight gradients."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 
 import torch
@@ -67,7 +69,7 @@ class ComputedWeight:
         self.module, self.name, self.seen = module, name, False
 
     @classmethod
-    def of(cls, module: nn.Module, name: str) -> "ComputedWeight | None":
+    def of(cls, module: nn.Module, name: str) -> ComputedWeight | None:
         """The weight if it is computed by a parametrisation, or by a hook before the forward; otherwise None."""
         hooked = name in vars(module) and bool(module._forward_pre_hooks)
         return cls(module, name) if hooked or parametrize.is_parametrized(module, name) else None

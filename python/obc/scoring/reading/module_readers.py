@@ -1,5 +1,7 @@
 """One reader per scored module, which puts gates on the module's input and output while the scorer is attached."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from functools import partial
 from typing import Any

@@ -1,5 +1,7 @@
 """The plan of a scorer: readers, slots of the flat rows, and the gradients that check or replace gates."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -98,7 +100,7 @@ class Plan:
                 coverage[name] = self._how(self.readers[name], checked, relations)
         return coverage
 
-    def _how(self, reader: ModuleReader, checked: bool, relations: "_Relations") -> Coverage:
+    def _how(self, reader: ModuleReader, checked: bool, relations: _Relations) -> Coverage:
         if not reader.scored:
             return Coverage.unscored(str(reader.reason))
         if not self._was_used(reader):

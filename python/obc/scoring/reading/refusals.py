@@ -1,5 +1,7 @@
 """Refusals of what would silently make rows wrong, before a row is read or at its end."""
 
+from __future__ import annotations
+
 import warnings
 from collections.abc import Iterable
 

@@ -1,5 +1,7 @@
 """Counts the rows that were read and names those left out; on the device, so that a CUDA graph can capture a row."""
 
+from __future__ import annotations
+
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -6,6 +6,8 @@ backward of these norms then assumes the wrong format, and the gradients of inpu
 2.13, eval and train mode, all dtypes), with or without obc.
 """
 
+from __future__ import annotations
+
 from typing import Any
 
 from torch import Tensor, contiguous_format, nn

@@ -1,5 +1,7 @@
 """Functions that get a scored weight outside of its layer's forward, in whichever row: gates don't see them."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 from typing import Any
 
@@ -28,7 +30,7 @@ class WeightUses(WeightWatch):
         super().__init__(pairs, [reader.module for reader in gated if computes_its_weight(reader.module)])
         self.functions: dict[ModuleReader, str] = {}
 
-    def __enter__(self) -> "WeightUses":
+    def __enter__(self) -> WeightUses:
         super().__enter__()
         for module, reader in self._readers.items():
             reader.watched = [weight for weight in module._parameters.values() if type(weight) is WatchedWeight]

@@ -1,5 +1,7 @@
 """Scores of groups of coupled channels: the sum over all slices of a unit, with every part listed."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from typing import get_args
 

@@ -1,5 +1,7 @@
 """Kept rows, per module and channel; scores are the sums of their squares."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -48,7 +50,7 @@ class KeptRows(ByName[ChannelRows]):
         tensors: Mapping[str, Tensor],
         columns: Mapping[str, Mapping[str, Sequence[int]]],
         num_rows: int | None = None,
-    ) -> "KeptRows":
+    ) -> KeptRows:
         """Rows from the tensors of a file, as :meth:`tensors` gave them.
 
         Args:

@@ -1,5 +1,7 @@
 """The time and memory of a scoring run."""
 
+from __future__ import annotations
+
 import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass

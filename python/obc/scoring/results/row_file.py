@@ -1,5 +1,7 @@
 """Rows of numbers in a file, appended in blocks and read through a memory map."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,7 +51,7 @@ class RowFile:
         raise FileExistsError(f"{path} is not a file of rows, so it is not overwritten; pass another path")
 
     @classmethod
-    def create(cls, path: Path, width: int) -> "RowFile":
+    def create(cls, path: Path, width: int) -> RowFile:
         """Create a new file. It replaces an earlier file of rows at this path; memory maps of that stay valid."""
         cls.refuse_other(path)
         with atomic_write(path) as file:
@@ -57,7 +59,7 @@ class RowFile:
         return cls(path, width, 0)
 
     @classmethod
-    def open(cls, path: Path, width: int, rows: int) -> "RowFile":
+    def open(cls, path: Path, width: int, rows: int) -> RowFile:
         """Open an existing file, of which the first ``rows`` rows count.
 
         Raises:

@@ -5,6 +5,8 @@ nothing is read back, and a row left out is overwritten by the next. Full blocks
 with one device read per block.
 """
 
+from __future__ import annotations
+
 import itertools
 import logging
 from collections.abc import Mapping, Sequence
@@ -140,7 +142,7 @@ class RowStore:
         spill = self._spilled()
         return spill if isinstance(spill, RowFile) else None
 
-    def _spill(self) -> "_HostRows | RowFile | None":
+    def _spill(self) -> _HostRows | RowFile | None:
         """The store of rows that don't fit on the device, made when first needed; None if all stay there."""
         if self._spills is None and self.to != "device":
             if self.file_path is None:
@@ -149,7 +151,7 @@ class RowStore:
                 self._spills = RowFile.create(self.file_path, self.width)
         return self._spills
 
-    def _spilled(self) -> "_HostRows | RowFile | None":
+    def _spilled(self) -> _HostRows | RowFile | None:
         """The same, with every row written to it. Reads from the device."""
         spill = self._spill()
         if spill is not None and (kept := self._count()):

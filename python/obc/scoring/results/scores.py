@@ -1,5 +1,7 @@
 """The result of scoring: the scores of every channel, how each module was read, and the score file."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -181,7 +183,7 @@ class Scores(ByName[ChannelScores]):
         save_tensors(path, tensors, metadata)
 
     @classmethod
-    def load(cls, path: str | PathLike[str], model: nn.Module | None = None) -> "Scores":
+    def load(cls, path: str | PathLike[str], model: nn.Module | None = None) -> Scores:
         """Read a file written by :meth:`save`.
 
         Args:
