@@ -15,6 +15,8 @@ pytest.importorskip("torch_pruning", reason="Torch-Pruning is missing: pip insta
 
 import obc
 from obc.model.groups import ChannelGroup
+from obc.structures.contractions import Contractions
+from obc.structures.influence import Source, influences
 from obc.structures.traced import TorchPruningStructure
 
 SIZE = 8
@@ -291,3 +293,23 @@ def test_products_that_depend_on_the_width_keep_it(write: Callable[..., Tensor])
                 getattr(masked.get_submodule(name), entry)[SIZE - 2 :] = 0
             setattr(sliced.get_submodule(name), entry, nn.Parameter(whole[stays]))
     assert not torch.allclose(masked(tokens(7)), sliced(tokens(7)), rtol=1e-6)
+
+
+def test_layers_that_go_with_no_product_take_few_passes_more() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 6)
+
+    def beside(net: Any, x: Tensor) -> Tensor:
+        y = net.wide(x)
+        return embedded_gaussian(net, x + net.narrow((y * y.roll(1, -1) + y.flip(-1)).relu()))
+
+    net = attention_of(beside, wide=nn.Linear(12, 480), narrow=nn.Linear(480, 12)).eval()
+    found, passes = {}, {}
+    for names in ("qkv", ("q", "k", "v", "wide")):
+        sources = {name: Source(name, SIZE if name != "wide" else 480) for name in names}
+        found[len(names)], passes[len(names)] = influences(net, lambda one: one(x), sources, None, Contractions())
+    assert not found[4]["wide"].inputs
+    assert passes[4] - passes[3] <= 8  # six single channels, and all of them twice
+    for name in "qkv":
+        assert found[4][name].inputs.keys() == found[3][name].inputs.keys()
+        assert all(torch.equal(one, found[3][name].inputs[key]) for key, one in found[4][name].inputs.items())

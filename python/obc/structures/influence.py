@@ -28,9 +28,10 @@ from obc.model.layouts import is_depthwise
 from obc.model.names import joined, named_modules
 from obc.model.recurrent import is_recurrent
 from obc.model.shared_copy import parameter_uses, replace_parameter
-from obc.structures.contractions import Contractions
+from obc.structures.contractions import Contractions, contraction_of, is_contraction
 from obc.structures.influence_sets import change, usual_passes, with_bit
 from obc.structures.probing import Prober, changed, pattern, sums
+from obc.structures.units import Units
 from obc.structures.weight_products import WeightProducts
 
 # Size and sign of the invented numbers: a ReLU, a threshold or an activation that saturates hides some. What an input
@@ -129,6 +130,9 @@ def influences(
         if not contractions.found:
             return {}, prober.passes
     found, noticed = _reached(prober, sources)
+    if contractions is not None:
+        for key in _apart_from_products(sources, found):
+            found[key].inputs.clear()
     sets = [{key: sources[key] for key in keys} for keys in _together(prober, found)]
     at_once = len(sources) + 2 * len(_KINDS) * (max((one.size for one in sources.values()), default=1)).bit_length()
     told: set[str] = set()
@@ -167,6 +171,27 @@ def _learn(prober: Prober, sources: Mapping[str, Source], contractions: Contract
                     _read(prober, sources, {key: torch.arange(source.size, device="cpu") == channel})
         left = contractions.learned()
     contractions.learning = False
+
+
+def _apart_from_products(sources: Mapping[str, Source], found: Mapping[str, Influence]) -> set[str]:
+    """The sources that go together with none whose channels a product of activations ends, by what they reach.
+
+    They need no search of their own here. A product's layers may have to go with others of their module, of their size.
+    """
+    numbers = {key: number for number, key in enumerate(sources)}
+    together, first = Units(len(sources)), dict[str, int]()
+    for key, number in numbers.items():
+        for one in (f"{sources[key].name} itself", *map(contraction_of, found[key].inputs)):
+            together.join(number, first.setdefault(one, number))
+    sets: dict[int, set[str]] = {}
+    for key, number in numbers.items():
+        sets.setdefault(together.find(number), set()).add(key)
+    reached = {number: {name for key in keys for name in found[key].inputs} for number, keys in sets.items()}
+    ended = [sets[number] for number, names in reached.items() if any(map(is_contraction, names))]
+    alike = {key: (source.name.rpartition(".")[0], source.size) for key, source in sources.items()}
+    own = {alike[key] for keys in ended for key in keys}
+    siblings = [keys for keys in sets.values() if all(alike[key] in own for key in keys)]
+    return {*sources}.difference(*ended, *siblings)
 
 
 def _within(most: int, sets: list[tuple[dict[str, Source], int]]) -> list[dict[str, Source]]:
