@@ -103,7 +103,7 @@ def other_vectors(model: nn.Module, run: Run) -> frozenset[str]:
         for name, module in named_modules(copied)
         if not isinstance(module, _TORCHS_OWN) and norm_channels(module) is not None
     }
-    found, seen = set[str](), dict[str, bool]()
+    seen = dict[str, bool]()
 
     def called(name: str, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if seen.get(name, True):
@@ -117,8 +117,7 @@ def other_vectors(model: nn.Module, run: Run) -> frozenset[str]:
             run_alike(copied, run)
         except Exception:  # the model's own code
             seen.clear()
-    found |= {name for name, module in asked.items() if not seen.get(name, _has_usual_names(module))}
-    return frozenset(found)
+    return frozenset(name for name, module in asked.items() if not seen.get(name, _has_usual_names(module)))
 
 
 def _has_usual_names(module: nn.Module) -> bool:

@@ -36,8 +36,6 @@ _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 5e-2, to
 
 # The same of the sums over both sides' gates, a single number, which other layers could meet by chance.
 _SUM_TOLERANCE = {**_TOLERANCE, torch.float32: 3e-5, torch.float64: 1e-9}
-# The same of two sums over these entries: one number, which a layer that computes something else could meet by chance.
-_SUM_TOLERANCE = {**_TOLERANCE, torch.float32: 3e-5, torch.float64: 1e-9}
 # GPUs may multiply float32 with eleven bits (TF32, cuDNN's default for convolutions): activations and weight
 # gradients are then rounded separately, by 5e-4 of each product.
 _TF32_TOLERANCE = 1e-2
