@@ -442,6 +442,26 @@ def test_random_numbers_for_each_channel_are_named(drawn: Callable[[Tensor], Ten
 # --- which groups are at fault, and what it costs -----------------------------------------------------------------
 
 
+@pytest.mark.parametrize("wrong", [{*range(16)}, {*range(0, 16, 2)}, {*range(8, 16)}])
+def test_where_many_groups_fail_few_are_tried_more_than_once(wrong: set[int]) -> None:
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers, self.readers = (nn.ModuleList(nn.Linear(8, 8) for _ in range(16)) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = (layer(x) for layer in self.layers)
+            hidden = (one.flip(1) if number in wrong else one for number, one in enumerate(hidden))
+            return sum(reader(one) for reader, one in zip(self.readers, hidden, strict=True))
+
+    torch.manual_seed(0)
+    x = torch.randn(8, 8)
+    found = prove(TorchPruningStructure(Wide(), x, check=False), lambda model: model(x))
+    assert set(found.left_out) == {f"layers.{number}" for number in wrong}
+    assert len(found.proved) == 16 - len(wrong)
+    assert found.tries <= 16 + 8  # by halves alone all of them take 31
+
+
 @pytest.mark.slow
 def test_one_wrong_group_among_many_is_found_in_few_passes() -> None:
     class Deep(nn.Module):

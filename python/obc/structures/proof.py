@@ -42,6 +42,8 @@ _SEED = 0  # of the choice of units
 # Consumers must distinguish at least this share of the units: half of them are silent behind a ReLU, and half are
 # removed in each try.
 _SEEN = 0.25
+# So many of the groups last tried alone tell whether halves are worth a try.
+_RECENT = 4
 
 
 class ProofError(PlanError):
@@ -116,6 +118,7 @@ class _Prover:
         self.groups = {group.name: group for group in structure.groups if among is None or group.name in among}
         self.proof = Proof()
         self.seen: dict[str, set[int]] = {name: set() for name in self.groups}
+        self._alone: list[bool] = []  # whether each group that was tried alone passed
         self._turns: dict[str, int] = {}  # how many groups of the same size come before
         counts: Counter[int] = Counter()
         for name, group in self.groups.items():
@@ -221,6 +224,7 @@ class _Prover:
             return list(names)
         # Groups of the same kind pass or fail alike. They are adjacent, so that halves mostly contain one kind.
         alike = sorted(names, key=lambda name: ("".join(c for c in name if not c.isdigit()), names.index(name)))
+        self._alone.clear()
         passing = self._halved(alike, number)
         if len(passing) > 1 and self._fault(passing, number) is not None:
             passing = self._one_by_one(passing, number)
@@ -238,11 +242,14 @@ class _Prover:
 
     def _halved(self, names: Sequence[str], number: int) -> list[str]:
         if len(names) == 1:
-            return [name for name in names if self._passes(name, number)]
+            self._alone.append(self._passes(names[0], number))
+            return [name for name in names if self._alone[-1]]
         middle = len(names) // 2
         passing: list[str] = []
         for half in (names[:middle], names[middle:]):
-            passes = len(half) > 1 and self._fault(half, number) is None
+            last = self._alone[-_RECENT:]
+            hopeless = len(last) > 1 and 2 * sum(last) <= len(last)  # where so many fail alone, most halves do
+            passes = len(half) > 1 and not hopeless and self._fault(half, number) is None
             passing += half if passes else self._halved(half, number)
         return passing
 
