@@ -276,6 +276,22 @@ def test_many_wide_sums_are_told_apart_within_the_limit(
         assert bool((one.inputs["reader"].sum(1) == 1).all())
 
 
+def test_positions_that_all_channels_depend_on_take_few_passes() -> None:
+    """Truth: a table of 40 positions adds channel c to channel c; each position adds to every channel."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 40, 6, dtype=torch.float64)
+    net = Net(lambda net, x: net.head(net.first(x) + net.places), first=nn.Linear(6, 24), head=nn.Linear(24, 3))
+    net.places = nn.Parameter(torch.rand(40, 24))
+    sources = {f"places:{dim}": influence.Source("places", (40, 24)[dim], "places", dim) for dim in (0, 1)}
+    sources["first"] = influence.Source("first", 24)
+    found, passes = influence.influences(net.double().eval(), lambda model: model(x), sources)
+    for key in ("first", "places:1"):
+        assert torch.equal(found[key].inputs["head"], torch.eye(24, dtype=torch.bool))
+    assert bool(found["places:0"].inputs["head"].all())
+    assert found["places:0"].mixed == {"head": True}
+    assert passes < 60  # each position alone, with two kinds of numbers, takes 80 more
+
+
 @pytest.mark.sampled(members=1)
 @pytest.mark.parametrize(
     "more", ["nothing", "a mix of tokens", "a parameter of every token", "a gate for all", "a diagonal"]

@@ -67,6 +67,11 @@ class Contractions(TorchFunctionMode):
         if changed is None:
             self._base, self.products = {}, set()
 
+    @property
+    def placed(self) -> set[str]:
+        """Keys of the sources of which a single channel was seen in some places, not in all, of what is reduced."""
+        return {key for key, _, _ in self._places}
+
     def learned(self) -> set[str]:
         """End channels, from now on, where single ones were seen in different places of what is reduced.
 

@@ -19,19 +19,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
-from obc.model.evaluation import Run, tensors_in
+from obc.model.evaluation import Run
 from obc.model.groups import Side
-from obc.model.layouts import is_depthwise
-from obc.model.names import joined, named_modules
-from obc.model.recurrent import is_recurrent
 from obc.model.shared_copy import parameter_uses, replace_parameter
 from obc.structures.contractions import Contractions, contraction_of, is_contraction
 from obc.structures.influence_sets import change, usual_passes, with_bit
-from obc.structures.probing import Prober, changed, pattern, sums
+from obc.structures.probing import Prober, changed, pattern
 from obc.structures.units import Units
+from obc.structures.watching import Watching
 from obc.structures.weight_products import WeightProducts
 
 # Size and sign of the invented numbers: a ReLU, a threshold or an activation that saturates hides some. What an input
@@ -39,13 +35,9 @@ from obc.structures.weight_products import WeightProducts
 _KINDS = ((1.0, 1), (30.0, -1))
 # In all. A block of a YOLO takes some 250.
 _MOST_IN_ALL = 6000
+# Single channels of a source that are changed to see whether each changes most of what a module reads.
+_SAMPLED = 16
 _TOO_MANY = "running the model to find which channels go together takes {} passes"
-_PRODUCTS = {
-    *(F.linear, F.bilinear, F.conv1d, F.conv2d, F.conv3d),
-    *(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
-    *(torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.einsum, torch.tensordot),
-    *(Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.addmm, Tensor.__matmul__, Tensor.__rmatmul__),
-}
 
 # Key of a source -> module that it reaches -> (inputs,) bool: which of them notice that all its channels change.
 _Noticed = dict[str, dict[str, Tensor]]
@@ -134,10 +126,13 @@ def influences(
         for key in _apart_from_products(sources, found):
             found[key].inputs.clear()
     sets = [{key: sources[key] for key in keys} for keys in _together(prober, found)]
-    at_once = len(sources) + 2 * len(_KINDS) * (max((one.size for one in sources.values()), default=1)).bit_length()
+    at_once = len(sets) + 2 * len(_KINDS) * (max((one.size for one in sources.values()), default=1)).bit_length()
     told: set[str] = set()
     if len(sets) > 1 and prober.passes + at_once <= _MOST_IN_ALL:
-        told = _tell_at_once(prober, sources, noticed, found)
+        mixing = _mixing(prober, sources, sets, noticed[0])
+        several = [key for key in sources if key not in mixing and not prober.meeting(key)]
+        told = _all_wide(prober, {key: sources[key] for key in mixing}, noticed[0], found)
+        told |= _tell_at_once(prober, {key: sources[key] for key in several}, noticed, found)
         left = {key: one for key, one in found.items() if key not in told}
         sets = [{key: sources[key] for key in keys} for keys in _together(prober, left)]
     passes = [len(_KINDS) * usual_passes(_sizes(one)) for one in sets]
@@ -159,16 +154,18 @@ def influences(
 
 
 def _learn(prober: Prober, sources: Mapping[str, Source], contractions: Contractions) -> None:
-    """Change single channels of every source, some next to each other and some far apart."""
+    """Change single channels of every source, far apart; then others beside those that are in some places only."""
     contractions.learning, left = True, {*sources}
     while left and prober.passes < _MOST_IN_ALL:
         _read(prober, sources, {})
         if not contractions.products:
             break
-        for key, source in ((key, one) for key, one in sources.items() if key in left):
-            for channel in sorted({share * source.size // 3 + more for share in range(3) for more in (0, 1)}):
-                if channel < source.size:
-                    _read(prober, sources, {key: torch.arange(source.size, device="cpu") == channel})
+        for more in (0, 1):
+            for key, source in ((key, one) for key, one in sources.items() if key in left):
+                for channel in sorted({share * source.size // 3 + more for share in range(3)}):
+                    if channel < source.size:
+                        _read(prober, sources, {key: torch.arange(source.size, device="cpu") == channel})
+            left &= contractions.placed
         left = contractions.learned()
     contractions.learning = False
 
@@ -237,20 +234,59 @@ def _reached(prober: Prober, sources: Mapping[str, Source]) -> tuple[dict[str, I
     return found, noticed
 
 
+def _mixing(
+    prober: Prober, sources: Mapping[str, Source], sets: Sequence[Collection[str]], noticed: _Noticed
+) -> list[str]:
+    """The sources whose channels with odd numbers reach most of the inputs of a module that all their channels do."""
+    prober.scale, prober.sign = _KINDS[0]
+    before, found = _read(prober, sources, {}), list[str]()
+    for keys in sets:
+        now = changed(before, _read(prober, sources, {key: with_bit(sources[key].size, 0, 1) for key in keys}))
+        for key in keys:
+            if any(name in now and 4 * now[name].sum() > 3 * one.sum() for name, one in noticed[key].items()):
+                found.append(key)
+    return found
+
+
+def _all_wide(
+    prober: Prober, sources: Mapping[str, Source], noticed: _Noticed, found: Mapping[str, Influence]
+) -> set[str]:
+    """Those of many channels of which each of 16, spread over all, changes most of what one module reads of them.
+
+    Then all their channels are taken to do so, and stay: of positions, or of what a softmax mixes.
+    """
+    prober.scale, prober.sign = _KINDS[0]
+    wide = {key: {*noticed[key]} for key, one in sources.items() if one.size > 2 * _SAMPLED and one.side == "out"}
+    before = _read(prober, sources, {}) if wide else {}
+    for keys in _together(prober, {key: found[key] for key in wide}):
+        for turn in range(_SAMPLED):
+            sizes = {key: sources[key].size for key in keys if wide[key]}
+            if not sizes:
+                break
+            single = {
+                key: torch.arange(size, device="cpu") == turn * (size - 1) // (_SAMPLED - 1)
+                for key, size in sizes.items()
+            }
+            now = changed(before, _read(prober, sources, single))
+            for key in sizes:
+                wide[key] = {
+                    name
+                    for name in wide[key] & now.keys()
+                    if 2 * (now[name] & noticed[key][name]).sum() > noticed[key][name].sum()
+                }
+    for key, names in wide.items():
+        found[key].mixed |= dict.fromkeys(names, True)
+    return {key for key, names in wide.items() if names}
+
+
 def _tell_at_once(
     prober: Prober, sources: Mapping[str, Source], noticed: Sequence[_Noticed], found: Mapping[str, Influence]
 ) -> set[str]:
-    """Change channels of many sources at once; the sources of which it is then known what depends on them.
+    """Change channels of these sources at once; those of which it is then known what depends on them.
 
-    If changed channels with odd numbers reach most of the inputs that all do, the source mixes channels. It stays
-    unchanged, because it would hide what the others do.
+    None of them mixes channels: it would hide what the others do.
     """
-    prober.scale, prober.sign = _KINDS[0]
-    before, several = _read(prober, sources, {}), []
-    for key, source in ((key, sources[key]) for key, one in found.items() if one.inputs):
-        now = changed(before, _read(prober, sources, {key: torch.arange(source.size, device="cpu") % 2 == 1}))
-        mixed = any(name in now and 4 * now[name].sum() > 3 * one.sum() for name, one in noticed[0][key].items())
-        several += [key] if source.size > 1 and not mixed and not prober.meeting(key) else []
+    several = [key for key, one in sources.items() if one.size > 1 and found[key].inputs]
     told = {key: {name: torch.zeros_like(one) for name, one in found[key].inputs.items()} for key in several}
     for (prober.scale, prober.sign), seen in zip(_KINDS, noticed, strict=True):
         numbers = _numbers_read(prober, {key: sources[key] for key in several})
@@ -390,7 +426,7 @@ def _read_watching(
     prober: Prober, sources: Mapping[str, Source], selected: Mapping[str, Tensor]
 ) -> tuple[dict[str, list[Tensor]], dict[str, list[str]]]:
     """The same, and what reads channels besides modules."""
-    watching = _Watching(prober)
+    watching = Watching(prober)
     try:
         with watching:
             read = _read(prober, sources, selected)
@@ -405,59 +441,3 @@ def _altered(tensor: Tensor, dim: int, channels: Tensor) -> Tensor:
     more = pattern(tensor.shape, torch.Generator().manual_seed(1)) * (1 + float(tensor.abs().max()))
     places = channels.view([-1 if axis == dim else 1 for axis in range(tensor.dim())])
     return torch.where(places.to(tensor.device), tensor + more.to(tensor), tensor)
-
-
-def _address(tensor: Tensor) -> int:
-    """Where a tensor's entries lie; sparse tensors are told apart as objects."""
-    return tensor.data_ptr() if tensor.layout is torch.strided else id(tensor)
-
-
-class _Watching(TorchFunctionMode):
-    """Notes what torch's attention, recurrent layers as first states, and products outside layers read.
-
-    A functional use of a layer that calls it is no product outside layers.
-    """
-
-    def __init__(self, prober: Prober) -> None:
-        super().__init__()
-        self._prober, model = prober, prober.model
-        self.seen: dict[str, list[str]] = {}
-        self._names: dict[int, str] = {}
-        self._handles = []
-        for name, module in named_modules(model):
-            if isinstance(module, (nn.RNNBase, nn.MultiheadAttention)):
-                label = f"{name!r} ({type(module).__name__})"
-                hook = partial(self._note_whole, label, 1 if is_recurrent(module) else 0)
-                self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-        whole = [module for module in model.modules() if isinstance(module, (nn.RNNBase, nn.MultiheadAttention))]
-        inside = {id(parameter) for module in whole for parameter in module.parameters()}
-        for name, module in named_modules(model):
-            for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-                if tensor.dim() > 1 and id(tensor) not in inside and not is_depthwise(module):
-                    self._names[_address(tensor)] = joined(name, key)
-
-    def remove(self) -> None:
-        """Remove the hooks."""
-        for handle in self._handles:
-            handle.remove()
-
-    def _note_whole(self, label: str, first: int, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """Note what a module reads not channel by channel: of a recurrent layer its first states, not its input."""
-        self.note(label, tensors_in((args[first:], {key: one for key, one in kwargs.items() if key != "input"})))
-
-    def note(self, label: str, tensors: list[Tensor]) -> None:
-        """Add one number for each of the tensors that are read; it is text, so that NaN equals NaN."""
-        self.seen.setdefault(label, []).extend(repr(float(sums(t.detach().reshape(1, -1), 0))) for t in tensors)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func not in _PRODUCTS or self._prober.products.handling:
-            return func(*args, **(kwargs or {}))
-        calls = self._prober.calls
-        result = func(*args, **(kwargs or {}))
-        if self._prober.calls == calls:
-            tensors = tensors_in((args, kwargs or {}))
-            held = [name for t in tensors if (name := self._names.get(_address(t))) is not None]
-            if held:
-                others = [t for t in tensors if _address(t) not in self._names]
-                self.note(f"a product outside layers with {held[0]!r}", others)
-        return result

@@ -130,10 +130,12 @@ class Prober:
     def _observe(self, changed: frozenset[str] | None, holders: Sequence[tuple[str, nn.Module]]) -> None:
         self.passes += 1
         self._calls, self._readings = {}, {}
-        with self.products, unchanged_buffers(self.model):  # else a pass would read what the pass before wrote
+        products = self.products.learning or bool(self.products.found)
+        ending = self.products if products else contextlib.nullcontext()
+        with ending, unchanged_buffers(self.model):  # else a pass would read what the pass before wrote
             tensors = [
                 (joined(name, key), one, key in module._buffers)
-                for name, module in (holders if self.products.learning or self.products.found else ())
+                for name, module in (holders if products else ())
                 for key, one in (*module.named_parameters(recurse=False), *loose_buffers(module))
             ]
             self.products.begin(tensors, changed, self.scale * self.sign, lambda: self.calls, self._note)
