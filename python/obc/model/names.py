@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from torch import Tensor, nn
 
@@ -38,6 +38,13 @@ def common(names: Iterable[str]) -> str:
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(name, module) of every module, under its first name: a module used twice has one entry in a plan."""
     return iter(model.named_modules(remove_duplicate=True))
+
+
+def tensor_named(modules: Mapping[str, nn.Module], name: str) -> Tensor:
+    """The parameter or buffer of this full name."""
+    owner, _, key = name.rpartition(".")
+    tensor: Tensor = getattr(modules[owner], key)
+    return tensor
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:

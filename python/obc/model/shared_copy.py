@@ -203,6 +203,14 @@ def replace_parameter(uses: Uses, old: nn.Parameter, new: Tensor) -> nn.Paramete
     return parameter
 
 
+def replace_tensor(uses: Uses, module: nn.Module, key: str, new: Tensor) -> None:
+    """Give ``module`` another buffer, or every module that holds this parameter of it another parameter."""
+    if key in module._buffers:
+        module._buffers[key] = new
+    else:
+        replace_parameter(uses, getattr(module, key), new)
+
+
 def shared_parameters(model: nn.Module) -> list[list[str]]:
     """The names of every parameter that several modules hold."""
     names: dict[int, list[str]] = {}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from obc.model.groups import ChannelGroup
-from obc.model.names import named_modules
+from obc.model.names import named_modules, tensor_named
 from obc.model.recurrent import is_recurrent
 from obc.model.rules import Rule, rule_for
 from obc.model.shared_copy import parameter_uses
@@ -53,8 +53,7 @@ def amplify(masked: nn.Module, groups: Sequence[ChannelGroup], removed: Mapping[
     uses = parameter_uses(masked.modules())
     for group in widening:
         for part in group.slices if group.name in removed else ():
-            owner, _, key = part.module.rpartition(".")
-            shape = () if part.dim is None else getattr(modules[owner], key).shape
+            shape = () if part.dim is None else tensor_named(modules, part.module).shape
             if part.side == "out" and part.module not in zero and sum(length > 1 for length in shape) > 1:
                 gone = part.channels[removed[group.name].cpu()].flatten()
                 multiply_along(uses, modules, part.module, part.dim, gone, size)  # type: ignore[arg-type]

@@ -34,10 +34,10 @@ from obc.model.experts import is_correction
 from obc.model.groups import ChannelGroup, Side
 from obc.model.kept import Kept, staying
 from obc.model.layouts import set_held_width
-from obc.model.names import named_modules
+from obc.model.names import named_modules, tensor_named
 from obc.model.recurrent import is_recurrent
 from obc.model.rules import Rule, rule_for
-from obc.model.shared_copy import Uses, parameter_uses, replace_parameter, shared_copy
+from obc.model.shared_copy import Uses, parameter_uses, replace_parameter, replace_tensor, shared_copy
 from obc.model.slicing import sliced
 from obc.structures.norm_axis import norm_axis, norm_channels
 
@@ -164,11 +164,9 @@ def _zero_columns(uses: Uses, module: nn.Module, channels: Tensor) -> None:
     assert isinstance(rule, Rule)
     assert rule.in_axis is not None
     old = getattr(module, rule.weight)
-    masks = [key for key, buffer in module.named_buffers(recurse=False) if buffer.shape == old.shape]
-    for parameter in [one for one in module.parameters(recurse=False) if one.shape == old.shape]:
-        replace_parameter(uses, parameter, _without_columns(rule, parameter.detach(), channels))
-    for key in masks:
-        module._buffers[key] = _without_columns(rule, getattr(module, key), channels)
+    for key, one in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+        if one.shape == old.shape:  # a mask too
+            replace_tensor(uses, module, key, _without_columns(rule, one.detach(), channels))
 
 
 def _zero_outputs(uses: Uses, modules: Mapping[str, nn.Module], name: str, channels: Tensor, dim: int) -> None:
@@ -178,12 +176,8 @@ def _zero_outputs(uses: Uses, modules: Mapping[str, nn.Module], name: str, chann
     dims = {rule.weight: rule.out_axis, rule.bias: 0} if isinstance(rule, Rule) else {key: dim}
     for one, dim in dims.items():
         if one is not None:
-            tensor = getattr(module, one)
-            zeroed = tensor.detach().index_fill(dim, channels.to(tensor.device), 0)
-            if one in module._buffers:
-                module._buffers[one] = zeroed
-            else:
-                replace_parameter(uses, tensor, zeroed)
+            tensor = getattr(module, one).detach()
+            replace_tensor(uses, module, one, tensor.index_fill(dim, channels.to(tensor.device), 0))
 
 
 def multiply_along(
@@ -191,13 +185,10 @@ def multiply_along(
 ) -> None:
     """Multiply a parameter or buffer outside layers by ``factor`` in these channels of a dimension."""
     owner, _, key = name.rpartition(".")
-    tensor = getattr(modules[owner], key)
+    tensor = tensor_named(modules, name).detach()
     channels = channels.to(tensor.device)
-    changed = tensor.detach().index_copy(dim, channels, tensor.detach().index_select(dim, channels) * factor)
-    if key in modules[owner]._buffers:
-        modules[owner]._buffers[key] = changed
-    else:
-        replace_parameter(uses, tensor, changed)
+    changed = tensor.index_copy(dim, channels, tensor.index_select(dim, channels) * factor)
+    replace_tensor(uses, modules[owner], key, changed)
 
 
 def _zero_recurrent(uses: Uses, module: nn.RNNBase, side: Side, channels: Tensor) -> None:
@@ -323,10 +314,7 @@ def _never_preferred(uses: Uses, modules: Mapping[str, nn.Module], name: str, re
     if not isinstance(tensor, Tensor) or not is_correction(key):
         return
     lowest = tensor.detach().index_fill(-1, removed.to(tensor.device), -math.inf)
-    if isinstance(tensor, nn.Parameter):
-        replace_parameter(uses, tensor, lowest)
-    else:
-        modules[owner]._buffers[key] = lowest
+    replace_tensor(uses, modules[owner], key, lowest)
 
 
 def _route_elsewhere(router: nn.Module, rows: int, removed: Tensor) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from obc.model.kept import Kept, PlanError, kept_of, staying
 from obc.model.layouts import held_width, is_depthwise, layout_of
+from obc.model.names import tensor_named
 from obc.model.recurrent import is_recurrent
 from obc.model.rules import Rule, rule_for
 from obc.model.slicing import same_values, sliced
@@ -32,8 +33,7 @@ def step_of(
     for (name, side), channels in lost.items():
         module = modules.get(name)
         if module is None:
-            owner, _, attribute = name.rpartition(".")
-            shape, one = getattr(modules[owner], attribute).shape, step.get(name, Kept())
+            shape, one = tensor_named(modules, name).shape, step.get(name, Kept())
             if side == "out":
                 size = shape[dims[name]]
                 step[name] = replace(one, out_channels=staying(size, channels), dim=dims[name], out_size=size)

@@ -20,7 +20,7 @@ from obc.model.evaluation import differentiable, evaluating
 from obc.model.groups import Side
 from obc.model.layouts import layout_of, loose_buffers
 from obc.model.linear_like import acts_as_linear
-from obc.model.names import joined
+from obc.model.names import joined, tensor_named
 from obc.model.recurrent import is_recurrent
 from obc.model.rules import Rule, rule_for
 from obc.model.settings import Setting
@@ -320,9 +320,7 @@ class TracedGraph:
 
     def dim_size(self, name: str) -> int:
         """The length of the pruned dimension of a parameter outside any layer."""
-        owner, _, attribute = name.rpartition(".")
-        size: int = getattr(self.modules[owner], attribute).shape[self.dims[name]]
-        return size
+        return tensor_named(self.modules, name).shape[self.dims[name]]
 
     def _parts(self, target: Any, dep: Any) -> list[tuple[str, Side, list[int]]]:
         """(name, side, offsets of the copies of its channels) for what one item of a group prunes."""
