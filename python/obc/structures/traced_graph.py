@@ -25,6 +25,7 @@ from obc.model.recurrent import is_recurrent
 from obc.model.rules import Rule, rule_for
 from obc.model.settings import Setting
 from obc.structures.reaching import unchanged_buffers
+from obc.structures.traced_items import GroupItem, items_of
 from obc.structures.traced_plan import holds_channels
 from obc.structures.units import InnerMatterError, Members, NotPrunableError
 
@@ -253,7 +254,7 @@ class TracedGraph:
 
     def pruned_outputs(self, raw: Any) -> list[Any]:
         """The modules and parameters that lose out channels with a raw group, in its order."""
-        return [item[0].target.module for item in raw if self._graph.is_out_channel_pruning_fn(item[0].handler)]
+        return [item.target for item in items_of(raw) if item.writes]
 
     def producers(self, raw: Any) -> list[str]:
         """The layers that lose out channels with a raw group."""
@@ -261,37 +262,34 @@ class TracedGraph:
 
     def rerooted(self, raw: Any) -> Any:
         """The group of an attention from the inputs of its output projection, which are in the order of the heads."""
-        for item in raw:
-            dep = item[0]
-            layer = dep.target.module
-            if layout_of(layer) is not None and self._graph.is_in_channel_pruning_fn(dep.handler):
-                size = self._graph.get_in_channels(layer)
-                return self._search(layer, dep.handler, list(range(size)))
+        for item in items_of(raw):
+            if layout_of(item.target) is not None and item.reads:
+                size = self._graph.get_in_channels(item.target)
+                return self._search(item.target, item.handler, list(range(size)))
         raise InnerMatterError("no layer reads the attention's output")
 
     def coupled(self, raw: Any, channel: int) -> list[int]:
         """The channels of a raw group's root that must go with one of them."""
-        root = raw[0][0]
-        return list(self._search(root.target.module, root.handler, [channel])[0][1])
+        root = next(items_of(raw))
+        return next(items_of(self._search(root.target, root.handler, [channel]))).channels
 
     def reaches_output(self, raw: Any) -> bool:
         """Whether Torch-Pruning follows a raw group's channels to the model's output."""
-        return any(type(item[0].target.module).__name__ == "_OutputOp" for item in raw)
+        return any(type(item.target).__name__ == "_OutputOp" for item in items_of(raw))
 
     def members(self, raw: Any) -> Members:
         """(module, side) -> channel -> root channel, for everything with parameters that the group prunes."""
         members: Members = {}
-        for item in raw:
-            dep, channels, roots = item[0], list(item[1]), getattr(item, "root_idxs", None)
-            parts = self._parts(dep.target.module, dep)
-            if not parts or not channels:
+        for item in items_of(raw):
+            parts = self._parts(item)
+            if not parts or not item.channels:
                 continue
-            if roots is None or any(root is None for root in roots):
+            if item.roots is None:
                 raise NotPrunableError("Torch-Pruning does not say which channels go together (grouped queries)")
             for name, side, copies in parts:
                 members_of_part = members.setdefault((name, side), {})
                 for offset in copies:
-                    members_of_part.update({c + offset: r for c, r in zip(channels, roots, strict=True)})
+                    members_of_part.update({c + offset: r for c, r in zip(item.channels, item.roots, strict=True)})
         self._take_along(members)
         return members
 
@@ -322,17 +320,18 @@ class TracedGraph:
         """The length of the pruned dimension of a parameter outside any layer."""
         return tensor_named(self.modules, name).shape[self.dims[name]]
 
-    def _parts(self, target: Any, dep: Any) -> list[tuple[str, Side, list[int]]]:
+    def _parts(self, item: GroupItem) -> list[tuple[str, Side, list[int]]]:
         """(name, side, offsets of the copies of its channels) for what one item of a group prunes."""
+        target = item.target
         if isinstance(target, nn.Parameter):
-            return self._parts_of_parameter(target, dep.target.pruning_dim % target.dim())
+            return self._parts_of_parameter(target, item.dim)
         if target not in self.names or not (holds_channels(target) or isinstance(target, _NormBase)):
             return []  # an operation, an activation
         name = self.names[target]
         if isinstance(target, nn.RNNBase):
             if not is_recurrent(target):
                 raise InnerMatterError(f"a plan can't describe the projections (proj_size) of the LSTM {name!r}")
-            if self._graph.is_out_channel_pruning_fn(dep.handler):
+            if item.writes:
                 raise NotPrunableError(f"tracing does not follow the hidden units of {name!r}")
             return [(name, "in", [0])]
         _refuse_scaled_rows(name, target)
@@ -342,9 +341,7 @@ class TracedGraph:
             thirds = [part * target.embed_dim for part in range(3)]
             projection = f"{name}.out_proj" if name else "out_proj"
             return [(name, "out", thirds), (name, "in", [0]), (projection, "out", [0]), (projection, "in", [0])]
-        if layout_of(target) is None or self._graph.is_out_channel_pruning_fn(dep.handler):
-            return [(name, "out", [0])]
-        return [(name, "in", [0])]
+        return [(name, "out" if layout_of(target) is None else item.side, [0])]
 
     def _parts_of_parameter(self, parameter: nn.Parameter, dim: int) -> list[tuple[str, Side, list[int]]]:
         name = self._graph._param_to_name[parameter]

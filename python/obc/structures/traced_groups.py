@@ -19,6 +19,7 @@ from obc.model.rules import Rule, rule_for
 from obc.structures.measure import Usage
 from obc.structures.removal import size_of
 from obc.structures.traced_graph import INSIDE_TORCH_PRUNING, TracedGraph, unfollowed
+from obc.structures.traced_items import items_of
 from obc.structures.traced_plan import repeat_of
 from obc.structures.units import InnerMatterError, Members, NotPrunableError, Units, divided, parts_of, slice_of
 
@@ -163,7 +164,7 @@ class GroupFinder:
         if heads:
             found.inner = False  # queries and keys of one head meet in products
             raw = self._graph.rerooted(raw)
-        size, members = len(raw[0][1]), self._graph.members(raw)
+        size, members = len(next(items_of(raw)).channels), self._graph.members(raw)
         found.members = members or found.members
         self._refuse_several(members)
         self._refuse_outer(members, raw)

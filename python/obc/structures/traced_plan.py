@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from obc.model.depth import Depth, outer_lists, with_lists
@@ -19,6 +19,7 @@ from obc.model.linear_like import is_linear
 from obc.model.plan import PruningPlan, refuse_non_plans
 from obc.model.quantized import refuse_quantised
 from obc.model.refusals import refuse_unprunable
+from obc.structures.traced_items import GroupItem, items_of
 
 
 def prune_step(pruner: Any, plan: PruningPlan | None = None) -> PruningPlan:
@@ -89,23 +90,22 @@ class PlanRecorder:
 
     def record(self, group: Any) -> None:
         """Record what ``group`` is about to remove; call it before ``group.prune()``."""
-        for item in group:
-            dep, removed = item[0], torch.as_tensor([int(index) for index in item[1]], dtype=torch.int64, device="cpu")
-            if len(removed) == 0:
+        for item in items_of(group):
+            if not item.channels:
                 continue
-            module = dep.target.module
-            if isinstance(module, nn.Parameter):
-                self._parameter(module, dep.target.pruning_dim, removed)
-            elif module in self._names and holds_channels(module):
-                self._module(module, dep.handler, removed, getattr(item, "root_idxs", None))
+            if isinstance(item.target, nn.Parameter):
+                self._parameter(item)
+            elif item.target in self._names and holds_channels(item.target):
+                self._module(item)
         self._attention_blocks(group)
 
-    def _parameter(self, parameter: nn.Parameter, dim: int, removed: Tensor) -> None:
-        name = self.graph._param_to_name[parameter]
-        size = parameter.shape[dim]
-        self._note(name, Kept(staying(size, removed), dim=dim, out_size=size))
+    def _parameter(self, item: GroupItem) -> None:
+        size = item.target.shape[item.dim]
+        stay = staying(size, torch.tensor(item.channels, device="cpu"))
+        self._note(self.graph._param_to_name[item.target], Kept(stay, dim=item.dim, out_size=size))
 
-    def _module(self, module: nn.Module, handler: Callable[..., Any], removed: Tensor, roots: Any) -> None:
+    def _module(self, item: GroupItem) -> None:
+        module, removed = item.target, torch.tensor(item.channels, device="cpu")
         name = self._names[module]
         if isinstance(module, nn.RNNBase):
             raise PlanError(
@@ -115,13 +115,13 @@ class PlanRecorder:
         if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) > 1:
             raise PlanError(f"{name}: a LayerNorm over {tuple(module.normalized_shape)} can't be recorded; ignore it")
         step = Kept()
-        if self.graph.is_out_channel_pruning_fn(handler) and (size := self.graph.get_out_channels(module)) is not None:
+        if item.writes and (size := self.graph.get_out_channels(module)) is not None:
             step = Kept(staying(size, removed), out_size=size)
         # Norms and embeddings have one set of channels, on the output side.
         reads = layout_of(module) is not None or isinstance(module, nn.MultiheadAttention)
-        size = self.graph.get_in_channels(module) if reads and self.graph.is_in_channel_pruning_fn(handler) else None
+        size = self.graph.get_in_channels(module) if reads and item.reads else None
         if size is not None:
-            repeat = repeat_of(removed.tolist(), roots, size) if is_linear(module) else 1
+            repeat = repeat_of(item.channels, item.roots, size) if is_linear(module) else 1
             step = with_columns(replace(step, in_size=size), staying(size, removed), repeat)
         self._note(name, step)
 
@@ -130,7 +130,7 @@ class PlanRecorder:
 
     def _attention_blocks(self, group: Any) -> None:
         """Split a compressor of queries, keys or values by head, as long as every head kept equally many channels."""
-        projections = {item[0].target.module for item in group if item[0].target.module in self._heads}
+        projections = {item.target for item in items_of(group) if item.target in self._heads}
         for module in projections:
             name = self._names[module]
             if (kept := self.kept.get(name)) is None:
@@ -156,15 +156,13 @@ def in_blocks(kept: Kept, blocks: int, width: int) -> Kept:
     return replace(kept, out_blocks=blocks if even else 1)
 
 
-def repeat_of(removed: Sequence[int], roots: Sequence[int | None] | None, size: int) -> int:
+def repeat_of(removed: Sequence[int], roots: Sequence[int] | None, size: int) -> int:
     """The number of consecutive columns per root channel after a flatten; 1 if the indices don't tell."""
     if roots is None or len(roots) != len(removed):
         return 1
     pairs = sorted(zip(removed, roots, strict=True), key=lambda pair: pair[0])
     repeat = size
-    for root, run in itertools.groupby(enumerate(pairs), key=lambda entry: (entry[1][1], entry[1][0] - entry[0])):
+    for _, run in itertools.groupby(enumerate(pairs), key=lambda entry: (entry[1][1], entry[1][0] - entry[0])):
         columns = [column for _, (column, _) in run]
-        if root[0] is None:
-            return 1
         repeat = math.gcd(repeat, columns[0], len(columns))
     return repeat

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from obc.integrations.torch_pruning.criterion_importance import CriterionImportance
 from obc.integrations.torch_pruning.gradient_rows import GradientRows
-from obc.integrations.torch_pruning.removable import removable_sides, removed_side, roots_of
+from obc.integrations.torch_pruning.removable import removable_sides
 from obc.model.evaluation import LossFn
 from obc.model.rules import Rule, channel_count, rule_for
 from obc.scoring.results.scores import ChannelScores, Scores
 from obc.scoring.run import score
 from obc.scoring.scorer import JacobianScorer
+from obc.structures.traced_items import GroupItem, items_of
 from obc.structures.traced_plan import prune_step
 
 try:
@@ -200,21 +201,18 @@ class JacobianImportance(GroupMagnitudeImportance):
         if self._scores is None:
             raise RuntimeError("JacobianImportance has no scores yet: call .score(model, batches, loss_fn) first")
         lookup = _Lookup(group._DG.model, self._scores, self._parameter_scores)
-        root_idxs = list(group[0][1])
-        place_of = {root: place for place, root in enumerate(root_idxs)}
+        place_of = {root: place for place, root in enumerate(next(items_of(group)).channels)}
         parts, covered = [], []
-        for item in group:
-            dep, idxs = item[0], list(item[1])
-            channels = lookup.channels(dep) if idxs else None
+        for item in items_of(group):
+            channels = lookup.channels(item) if item.channels else None
             if channels is None:
                 continue
-            roots = roots_of(item, group)
-            if roots is None:
-                self._say_uncoupled(lookup.name_of(dep.target.module))
+            if item.roots is None:
+                self._say_uncoupled(lookup.name_of(item.target))
                 continue
-            places = torch.tensor([place_of[root] for root in roots], device=channels.device)
-            part = channels.new_zeros(len(root_idxs))
-            parts.append(part.index_add_(0, places, channels[idxs]))
+            places = torch.tensor([place_of[root] for root in item.roots], device=channels.device)
+            part = channels.new_zeros(len(place_of))
+            parts.append(part.index_add_(0, places, channels[item.channels]))
             covered.append(torch.zeros_like(part, dtype=torch.bool).index_fill_(0, places, True))
         self._name_unscored(lookup.unscored)
         if not parts:
@@ -287,15 +285,15 @@ class _Lookup:
     def name_of(self, module: nn.Module | nn.Parameter) -> str:
         return self._names[id(module)]
 
-    def channels(self, dep: Any) -> Tensor | None:
-        """Scores of all channels of ``dep``'s target on the side that it prunes; None if there is nothing to add.
+    def channels(self, item: GroupItem) -> Tensor | None:
+        """Scores of all channels of an item's target on the side that it prunes; None if there is nothing to add.
 
         Raises:
             ValueError: the target had another number of channels when it was scored.
         """
-        target = dep.target.module
+        target = item.target
         if isinstance(target, nn.Parameter):
-            return self._of_parameter(target, dep.target.pruning_dim % target.dim())
+            return self._of_parameter(target, item.dim)
         if isinstance(target, nn.MultiheadAttention):
             return self._of_attention(target)
         rule = rule_for(target)
@@ -307,7 +305,7 @@ class _Lookup:
             return None
         if isinstance(target, nn.PReLU) and target.num_parameters == 1:
             return None  # a single slope for all channels is not pruned
-        return self._side(name, target, rule, out=removed_side(dep) == "out")
+        return self._side(name, target, rule, out=item.writes)
 
     def _side(self, name: str, module: nn.Module, rule: Rule, out: bool) -> Tensor | None:
         axis = rule.out_axis if out else rule.in_axis

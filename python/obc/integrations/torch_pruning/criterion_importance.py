@@ -20,12 +20,12 @@ from obc.criteria import Subject, get
 from obc.criteria.protocol import CriterionError, name_of
 from obc.criteria.refusals import refuse_unread, said_of
 from obc.criteria.scoring import functional_loss, needed, scores_of_read
-from obc.integrations.torch_pruning.removable import removed_side, roots_of
 from obc.model.evaluation import ForwardFn, LossFn, call_on_batch
 from obc.model.groups import ChannelGroup, Side, Slice
 from obc.model.usable_batches import UsableBatches
 from obc.statistics.results import Statistics
 from obc.statistics.run import collect
+from obc.structures.traced_items import items_of
 
 try:
     from torch_pruning.pruner.importance import Importance
@@ -151,16 +151,13 @@ def channel_group(group: Any, model: nn.Module) -> ChannelGroup | None:
     Layers that give roots different numbers of channels, or for which Torch-Pruning gives no roots, are left out.
     """
     names = {module: name for name, module in model.named_modules()}
-    roots = list(group[0][1])
-    place = {root: index for index, root in enumerate(roots)}
+    place = {root: index for index, root in enumerate(next(items_of(group)).channels)}
     slices: dict[tuple[str, Side], list[list[int]]] = {}
-    for item in group:
-        dep, channels = item[0], list(item[1])
-        module, item_roots = dep.target.module, roots_of(item, group)
-        if module not in names or item_roots is None:
+    for item in items_of(group):
+        if item.target not in names or item.roots is None:
             continue
-        table = slices.setdefault((names[module], removed_side(dep)), [[] for _ in roots])
-        for channel, root in zip(channels, item_roots, strict=True):
+        table = slices.setdefault((names[item.target], item.side), [[] for _ in place])
+        for channel, root in zip(item.channels, item.roots, strict=True):
             if channel not in table[place[root]]:
                 table[place[root]].append(channel)
     parts = [

@@ -7,22 +7,12 @@ from typing import Any
 from torch import nn
 
 from obc.model.groups import Side
+from obc.structures.traced_items import items_of
 
 
 def removed_groups(pruner: Any) -> Any:
     """The groups of a pruner's model, but for what it ignores."""
     return pruner.DG.get_all_groups(ignored_layers=pruner.ignored_layers, root_module_types=pruner.root_module_types)
-
-
-def removed_side(dependency: Any) -> Side:
-    """The side that a dependency prunes. Layers with one handler for both sides, such as norms, have it named "out"."""
-    return "out" if dependency.handler == dependency.handler.__self__.prune_out_channels else "in"
-
-
-def roots_of(item: Any, group: Any) -> list[int] | None:
-    """The root channel of each channel of a group's item; None if Torch-Pruning left it without."""
-    roots = item[1] if item is group[0] else getattr(item, "root_idxs", None)
-    return None if roots is None or any(root is None for root in roots) else list(roots)
 
 
 def removable_sides(pruner: Any, model: nn.Module) -> dict[str, set[Side]]:
@@ -39,15 +29,15 @@ def removable_sides(pruner: Any, model: nn.Module) -> dict[str, set[Side]]:
     names = {id(module): name for name, module in model.named_modules()}
     owners = {id(parameter): module for module in model.modules() for parameter in module.parameters(recurse=False)}
     sides: dict[str, set[Side]] = {}
-    for dependency in (item[0] for group in removed_groups(pruner) for item in group):
-        target = dependency.target.module
+    for item in (item for group in removed_groups(pruner) for item in items_of(group)):
+        target = item.target
         if isinstance(target, nn.Parameter):
             modules: list[nn.Module | None] = [owners.get(id(target))]
             read: set[Side] = {"out", "in"}
         elif isinstance(target, nn.MultiheadAttention):
             modules, read = [target, target.out_proj], {"out", "in"}
         else:
-            modules, read = [target], {removed_side(dependency)}
+            modules, read = [target], {item.side}
         for module in modules:
             if id(module) in names:
                 sides.setdefault(names[id(module)], set()).update(read)
