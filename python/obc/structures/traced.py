@@ -303,8 +303,7 @@ class TorchPruningStructure:
             for module, attribute, value in count_down(self._modules, self.blocks[name], len(chosen[name])):
                 self._counts.setdefault(module, {})[attribute] = value
         for name, group in self._groups.items():
-            gone = [lost.get((part.module, part.side)) for part in group.slices]
-            self._groups[name] = group_left(group, chosen.get(name), gone)
+            self._groups[name] = group_left(group, chosen.get(name), lost)
         self._groups = {name: group for name, group in self._groups.items() if group.size}
 
     def _size(self, name: str, side: Side) -> int:

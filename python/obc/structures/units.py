@@ -84,18 +84,17 @@ def without(tensor: Tensor, removed: Tensor, dim: int = 0) -> Tensor:
     return tensor.index_select(dim, staying(tensor.shape[dim], removed).to(tensor.device))
 
 
-def group_left(group: ChannelGroup, units: Tensor | None, lost: Sequence[Tensor | None]) -> ChannelGroup:
+def group_left(group: ChannelGroup, units: Tensor | None, lost: Mapping[tuple[str, Side], Tensor]) -> ChannelGroup:
     """The group after some of its units, and channels of other groups, were removed.
 
     Args:
         group: the group, with channels numbered as before.
         units: its removed units; None if it keeps all.
-        lost: for each slice, the channels that its side of the layer lost, ascending; None if none.
+        lost: (module, side) -> the channels that it lost, ascending.
     """
-    removed = {(part.module, part.side): gone for part, gone in zip(group.slices, lost, strict=True)}
 
     def left(part: Slice) -> Slice:
-        gone = removed[part.module, part.side]
+        gone = lost.get((part.module, part.side))
         channels = part.channels if units is None else without(part.channels, units)
         channels = channels if gone is None else channels - torch.searchsorted(gone, channels.contiguous())
         return replace(part, channels=channels)

@@ -70,8 +70,7 @@ class BlockWeights:
         cut(self.modules[""], step)
         self.kept |= {key: one.after(self.kept.get(key)) for key, one in step.items()}
         for name, block in self.blocks.items():
-            gone_here = [lost.get((part.module, part.side)) for part in block.group.slices]
-            self.blocks[name] = replace(block, group=group_left(block.group, chosen.get(name), gone_here))
+            self.blocks[name] = replace(block, group=group_left(block.group, chosen.get(name), lost))
         for name, units in chosen.items():
             count_down(self.modules, self.blocks[name], len(units))
 
