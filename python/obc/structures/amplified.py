@@ -44,19 +44,18 @@ def amplify(masked: nn.Module, groups: Sequence[ChannelGroup], removed: Mapping[
     widening = [group for group in groups if not group.is_depth and group.kind != "experts"]
     modules = dict(named_modules(masked))
     zero = {name for group in groups for name in group.multiplied}
+    parts, uses = [part for group in widening for part in group.slices], parameter_uses(masked.modules())
+    dims = {part.module: part.dim for part in parts if part.side == "out" and part.dim is not None}
     for (name, side), channels in lost_channels(widening, removed).items():
         module = modules.get(name)
-        if side == "out" and name not in zero and module is not None and (written := _written(module)) is not None:
+        if side == "in" or name in zero:
+            continue
+        if module is not None and (written := _written(module)) is not None:
             enlarge = _enlarge(channels, *written, size)
             hook = _in_each_direction(*written, enlarge) if is_recurrent(module) else enlarge
             module.register_forward_hook(hook, with_kwargs=True)
-    uses = parameter_uses(masked.modules())
-    for group in widening:
-        for part in group.slices if group.name in removed else ():
-            shape = () if part.dim is None else tensor_named(modules, part.module).shape
-            if part.side == "out" and part.module not in zero and sum(length > 1 for length in shape) > 1:
-                gone = part.channels[removed[group.name].cpu()].flatten()
-                multiply_along(uses, modules, part.module, part.dim, gone, size)  # type: ignore[arg-type]
+        elif name in dims and sum(length > 1 for length in tensor_named(modules, name).shape) > 1:
+            multiply_along(uses, modules, name, dims[name], channels, size)
 
 
 def _written(module: nn.Module) -> tuple[int, int] | None:
