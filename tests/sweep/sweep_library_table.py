@@ -12,10 +12,11 @@ from sweep_networks import Seen
 HEADER = """# Networks of other libraries
 
 `make sweep-libraries` installs these libraries into a folder of its own, builds their networks in small with random
-weights and BatchNorm statistics in float64, and finds their groups. It removes a random half of the units of each group
-and compares the sliced network with the network in which hooks mask these units: on the example inputs, on others of
-another batch size, and in train mode. The sliced network is saved and loaded, some scores are compared with explicit
-autograd, and `obc.prune(model, inputs, batches, loss, macs=0.5)` prunes another copy.
+weights and BatchNorm statistics in float64, makes parametrised layers plain (`obc.plain_layers`), and finds their
+groups. It removes a random half of the units of each group and compares the sliced network with the network in which
+hooks mask these units: on the example inputs, on others of another batch size, and in train mode. The sliced network is
+saved and loaded, some scores are compared with explicit autograd, and `obc.prune(model, inputs, batches, loss,
+macs=0.5)` prunes another copy.
 
 - groups: how many are exact; "(n compared)" where hooks can't mask all of them: norms over channels see other
   statistics, attention and recurrent layers hide their channels. Those are compared by obc's own proof only.

@@ -17,6 +17,7 @@ import torch
 from sweep_comparison import TOLERANCE, difference, masked, removed_units, tensors
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrize import is_parametrized
 
 import obc
 from obc.model.evaluation import call
@@ -137,7 +138,7 @@ def built(architecture: Architecture) -> nn.Module:
     """The network in float64 and eval mode; parameters and statistics are random, so that no start value hides a fault.
 
     BatchNorms get statistics of the network's own activations, moved at random: with any others the activations of a
-    deep network would overflow.
+    deep network would overflow. Parametrised layers become plain ones, as obc asks for.
     """
     torch.manual_seed(0)
     model = architecture.build().double()
@@ -160,6 +161,8 @@ def built(architecture: Architecture) -> nn.Module:
             assert norm.running_var is not None
             norm.running_mean += 0.2 * norm.running_var.sqrt() * torch.randn_like(norm.running_mean)
             norm.running_var.mul_(0.5 + torch.rand_like(norm.running_var)).clamp_(min=1e-3)
+    if any(map(is_parametrized, model.modules())):
+        obc.plain_layers(model.eval(), drawn_inputs(architecture))
     return model.eval()
 
 
