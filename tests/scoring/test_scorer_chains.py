@@ -81,6 +81,28 @@ def test_what_lies_between_is_not_homogeneous(between: Callable[[], nn.Module]) 
     assert set(chained(without_norm)) == {"2"}  # from the linear layer behind pooling and flatten
 
 
+class Ghost(nn.BatchNorm2d):
+    """A BatchNorm with statistics for each of two parts of the batch; in eval mode it reads those of the first."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.running_mean, self.running_var = torch.randn(2 * width), torch.rand(2 * width) + 0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        mean, var = (one[: self.num_features] for one in (self.running_mean, self.running_var))
+        return F.batch_norm(x, mean, var, self.weight, self.bias)
+
+
+def test_a_norm_with_more_statistics_than_channels_gives_no_chain() -> None:
+    model = convolutions(nn.ReLU)
+    model[1] = Ghost(8).eval()
+    scores = obc.score(model, images(), loss)
+    assert "0" not in chained(scores)
+    assert_same(scores, obc.score(model, images(), loss, chains=False))
+
+
 def test_sample_rows_follow_too() -> None:
     model = convolutions(nn.ReLU, norm=False)
     scores = obc.score(model, images(), losses, rows="sample")

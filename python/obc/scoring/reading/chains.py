@@ -221,7 +221,8 @@ class _Before:
         gradients = [views.get(id(norm.weight)), views.get(id(norm.bias))]
         # The two terms cancel, and half precision is too coarse for that.
         right = norm.weight.dtype == self.slot.flat.dtype and norm.weight.numel() == self.slot.size
-        if norm.running_mean is None or not right or any(gradient is None for gradient in gradients):
+        right = right and norm.running_mean is not None and norm.running_mean.numel() == self.slot.size
+        if not right or any(gradient is None for gradient in gradients):
             return
         weight = norm.weight.detach()
         factors = (weight.clone(), weight * norm.running_mean / (norm.running_var + norm.eps).sqrt())
