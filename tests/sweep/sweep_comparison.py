@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -67,5 +68,11 @@ def masked(model: nn.Module, structure: Any, units: dict[str, Tensor]) -> list[s
                 dim = -1 - len(module.kernel_size) if isinstance(module, nn.modules.conv._ConvNd) else -1
                 return (args[0].index_fill(dim, channels, 0.0), *args[1:])
 
-            modules[part.module].register_forward_pre_hook(hook)
+            reader: Any = modules[part.module]
+            reader.register_forward_pre_hook(hook)
+            reader.forward = _hooked(reader, hook, reader.forward)  # some models call it without hooks
     return beyond
+
+
+def _hooked(module: nn.Module, hook: Callable[..., Any], forward: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args, **kwargs: forward(*hook(module, args), **kwargs)

@@ -21,6 +21,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 import obc
 from obc.model.evaluation import call
+from obc.model.refusals import computing_hooks
 from obc.scoring.errors import ScoringError
 from obc.structures.traced import TorchPruningStructure
 
@@ -161,7 +162,7 @@ def built(architecture: Architecture) -> nn.Module:
             assert norm.running_var is not None
             norm.running_mean += 0.2 * norm.running_var.sqrt() * torch.randn_like(norm.running_mean)
             norm.running_var.mul_(0.5 + torch.rand_like(norm.running_var)).clamp_(min=1e-3)
-    if any(map(is_parametrized, model.modules())):
+    if any(is_parametrized(module) or computing_hooks(module) for module in model.modules()):
         obc.plain_layers(model.eval(), drawn_inputs(architecture))
     return model.eval()
 
