@@ -6,7 +6,7 @@ a head, an expert, or one channel of every conv group.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -131,6 +131,11 @@ def _values(rows: Mapping[str, Any], part: Slice) -> Tensor | None:
     sided = rows[part.module]
     values: Tensor | None = sided.out_channels if part.side == "out" else sided.in_channels
     return values
+
+
+def producers(groups: Iterable[ChannelGroup]) -> set[str]:
+    """The layers, and tensors outside layers, whose out channels are in one of the ``groups``."""
+    return {part.module for group in groups for part in group.slices if part.side == "out"}
 
 
 def by_name(groups: Sequence[ChannelGroup]) -> dict[str, ChannelGroup]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -40,6 +40,16 @@ def is_depthwise(module: nn.Module) -> bool:
     For a pruned one use :func:`obc.model.slicing.was_depthwise`.
     """
     return isinstance(module, _ConvNd) and module.groups == module.in_channels == module.out_channels > 1
+
+
+def has_several_weights(module: nn.Module) -> bool:
+    """Whether a module of torch multiplies by several weights of its own: a recurrent layer or an attention."""
+    return isinstance(module, (nn.RNNBase, nn.MultiheadAttention))
+
+
+def is_in_attention(modules: Mapping[str, nn.Module], name: str) -> bool:
+    """Whether a module lies in torch's attention, which uses its weight without calling it."""
+    return isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention)
 
 
 def pads_with_zeros(module: nn.Module) -> bool:

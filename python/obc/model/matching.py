@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from obc.model.kept import Kept, PlanError, with_columns
-from obc.model.layouts import expand, is_depthwise, layout_of
+from obc.model.layouts import expand, has_several_weights, is_depthwise, layout_of
 from obc.model.linear_like import is_linear
 from obc.model.names import joined, named_modules, saved_buffers
 from obc.model.slicing import original_tensor
@@ -74,7 +74,7 @@ def _match_module(name: str, module: nn.Module, tensors: Mapping[str, tuple[Tens
 
 def _match_channels(name: str, module: nn.Module, tensors: Mapping[str, tuple[Tensor, Tensor]]) -> Kept:
     """Match norms, embeddings and depthwise convolutions: one set of channels explains all their tensors."""
-    if isinstance(module, nn.MultiheadAttention | nn.RNNBase):
+    if has_several_weights(module):
         raise PlanError(f"{name}: a pruned {type(module).__name__} can't be matched; take the plan of obc.prune")
     dim = 1 if isinstance(module, nn.Embedding) else 0
     columns = [

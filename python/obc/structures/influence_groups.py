@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from obc.model.evaluation import Run
 from obc.model.groups import Side
-from obc.model.layouts import is_depthwise, layout_of, loose_buffers
+from obc.model.layouts import has_several_weights, is_depthwise, layout_of, loose_buffers
 from obc.model.names import joined, named_modules
 from obc.model.recurrent import is_recurrent
 from obc.model.rules import Rule, rule_for
@@ -151,7 +151,7 @@ def _sources(
     used = {name for one in products.found for name in one.weights}
     for name, module in modules.items():
         rule, layout = rule_for(module), layout_of(module)
-        if isinstance(module, (nn.RNNBase, nn.MultiheadAttention)) or name in taken:
+        if has_several_weights(module) or name in taken:
             continue
         own = dict(module.named_parameters(recurse=False))
         for key, tensor in (*own.items(), *loose_buffers(module)):

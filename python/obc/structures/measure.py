@@ -17,7 +17,7 @@ from obc.model.costs import Costs
 from obc.model.evaluation import evaluating, tensors_in
 from obc.model.groups import ChannelGroup
 from obc.model.hooks import hooked
-from obc.model.layouts import is_depthwise, layer_of, layout_of
+from obc.model.layouts import is_depthwise, is_in_attention, layer_of, layout_of
 from obc.model.names import distinct_tensors, joined, named_modules
 from obc.structures.memory import MemoryUse
 from obc.structures.polynomial import Polynomial
@@ -164,7 +164,5 @@ def layers_run(model: nn.Module, usage: Usage) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in modules.items()
-        if name in usage.positions
-        and layout_of(module) is not None
-        and not isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention)
+        if name in usage.positions and layout_of(module) is not None and not is_in_attention(modules, name)
     }

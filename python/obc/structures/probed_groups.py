@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from obc.model.evaluation import Run
-from obc.model.groups import ChannelGroup, Side
+from obc.model.groups import ChannelGroup, Side, producers
 from obc.structures.extensible import Extensible
 from obc.structures.held_counts import Held, with_counts
 from obc.structures.influence_groups import Coupled, coupled_channels
@@ -70,9 +70,9 @@ def recover(
     if accepted:
         proof.probed = accepted
         reasons |= {name: why for name, why in proof.again(structure, run).items() if name in accepted}
-    producers = {part.module for group in structure.groups for part in group.slices if part.side == "out"}
+    produced = producers(structure.groups)
     for name in list(structure.left_out):
-        if name in producers:
+        if name in produced:
             del structure.left_out[name]
         elif name in reasons:
             structure.left_out[name] = reasons[name]
@@ -96,7 +96,7 @@ def _by_influence(
     """
     taken: set[str | tuple[str, Side]] = {(p.module, p.side) for group in structure.groups for p in group.slices}
     taken |= {part.module for group in structure.groups for part in group.slices if part.module in finder.called}
-    layers = finder.layers_outside({p.module for g in structure.groups for p in g.slices if p.side == "out"})
+    layers = finder.layers_outside(producers(structure.groups))
     fixed = dict.fromkeys(finder.ignored & set(layers), "it is one of ignored_layers")
     for found in wrong:
         if not found.inner:

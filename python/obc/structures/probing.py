@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from obc.model.evaluation import Run, first_floating, tensors_in
-from obc.model.layouts import is_depthwise, layout_of, loose_buffers
+from obc.model.layouts import has_several_weights, is_depthwise, is_in_attention, layout_of, loose_buffers
 from obc.model.names import joined, named_modules
 from obc.model.recurrent import is_recurrent
 from obc.model.rules import Rule, rule_for
@@ -76,7 +76,8 @@ class Prober:
         self._selected: Mapping[str, Tensor] = {}
         self.passes = 0
         self.returned: list[Tensor] = []
-        modules = list(named_modules(self.model))
+        by_name = dict(named_modules(self.model))
+        modules = list(by_name.items())
         for name, module in modules:
             if name not in other_vectors:
                 self._listen(name, module)
@@ -98,9 +99,9 @@ class Prober:
         self._holders = [
             (name, module)
             for name, module in modules
-            if not isinstance(module, (nn.RNNBase, nn.MultiheadAttention))
+            if not has_several_weights(module)
             and (not is_depthwise(module) or name in called)
-            and not isinstance(dict(modules).get(name.rpartition(".")[0]), nn.MultiheadAttention)
+            and not is_in_attention(by_name, name)
         ]
 
     def read(self, selected: Mapping[str, Tensor], changed: Iterable[str] = ()) -> dict[str, list[Tensor]]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from obc.model.kept import Kept, PlanError, kept_of, staying
-from obc.model.layouts import held_width, is_depthwise, layout_of
+from obc.model.layouts import held_width, is_depthwise, is_in_attention, layout_of
 from obc.model.names import tensor_named
 from obc.model.recurrent import is_recurrent
 from obc.model.rules import Rule, rule_for
@@ -44,7 +44,7 @@ def step_of(
             if side == "in":  # its outputs are queries, keys and values, which are cut accordingly
                 stay = staying(module.embed_dim, channels)
                 step[name] = Kept(stay, stay, out_size=module.embed_dim, in_size=module.embed_dim)
-        elif not isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention):
+        elif not is_in_attention(modules, name):
             size, one = size_of(module, side), step.get(name, Kept())
             depthwise = is_depthwise(module)  # it reads the channels that it writes
             if side == "out" or depthwise:

@@ -17,9 +17,9 @@ from obc.model.depth import Depth, outer_lists, with_lists
 from obc.model.errors import PruningError, explained
 from obc.model.evaluation import ForwardFn, Run, call
 from obc.model.functional_uses import calling_layers
-from obc.model.groups import ChannelGroup, Side
+from obc.model.groups import ChannelGroup, Side, producers
 from obc.model.kept import Kept, with_columns
-from obc.model.layouts import layout_of
+from obc.model.layouts import is_in_attention, layout_of
 from obc.model.names import joined
 from obc.model.plan import PruningPlan
 from obc.model.quantized import refuse_quantised
@@ -196,19 +196,17 @@ class TorchPruningStructure:
         widths = StreamWidths(self._finder, others, failed)
         streams = {one.name: widths.proposals(one.name, one.members, one.width) for one in failed}
         offer_proved(self, {name: with_counts(self, it, held, run) for name, it in streams.items()}, run, proof)
-        produced = {part.module for group in self.groups for part in group.slices if part.side == "out"}
+        produced = producers(self.groups)
         wrong = [one for one in found if one.name in self.left_out and one.name not in produced]
         recover(self, self._finder, wrong, held, run, proof, widths.proposals)
         return proof
 
     def _unnamed(self, members: Collection[str]) -> dict[str, str]:
         """What holds weights and is neither in a group nor left out by name -> why it keeps its width."""
-        grouped = {part.module for group in self.groups for part in group.slices if part.side == "out"}
-        named = {*grouped, *self.left_out, *members, *self._usage.depthwise, *self.unreached}
+        named = {*producers(self.groups), *self.left_out, *members, *self._usage.depthwise, *self.unreached}
         found: dict[str, str] = {}
         for name, module in self._modules.items():
-            parent = self._modules.get(name.rpartition(".")[0])
-            if name not in named and not isinstance(parent, nn.MultiheadAttention):
+            if name not in named and not is_in_attention(self._modules, name):
                 ignored = "it is one of ignored_layers" if name in self._finder.ignored else None
                 known = self._finder.reasons.get(name) if name in self._usage.positions else None
                 why = ignored or known

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from obc.model.groups import ChannelGroup, Side
-from obc.model.layouts import layout_of
+from obc.model.layouts import has_several_weights, is_in_attention, layout_of
 from obc.model.linear_like import is_linear
 from obc.model.names import joined
 from obc.model.recurrent import is_recurrent
@@ -101,7 +101,7 @@ class GroupFinder:
             and name not in self.depthwise
             and name not in self._usage.several
             and (layout_of(self._modules[name]) is not None or is_recurrent(self._modules[name]))
-            and not isinstance(self._modules.get(name.rpartition(".")[0]), nn.MultiheadAttention)
+            and not is_in_attention(self._modules, name)
         ]
 
     def weights_outside_calls(self, taken: Collection[str]) -> bool:
@@ -110,7 +110,7 @@ class GroupFinder:
             parameter.dim() > 1 and min(parameter.shape) > 1 and joined(name, key) not in taken and name not in taken
             for name, module in self._modules.items()
             if (name not in self._order and layout_of(module) is not None) or not isinstance(rule_for(module), Rule)
-            if not isinstance(module, (nn.RNNBase, nn.MultiheadAttention))
+            if not has_several_weights(module)
             for key, parameter in module.named_parameters(recurse=False)
         )
 
@@ -242,8 +242,7 @@ class GroupFinder:
     def _refuse_beyond(self, members: Members) -> None:
         """Refuse groups with channels that a layer lacks: Torch-Pruning lost track of them."""
         for (name, side), roots in members.items():
-            owner = self._modules.get(name.rpartition(".")[0])
-            if any(isinstance(module, nn.MultiheadAttention) for module in (self._modules.get(name), owner)):
+            if isinstance(self._modules.get(name), nn.MultiheadAttention) or is_in_attention(self._modules, name):
                 continue
             size = size_of(self._modules[name], side) if name in self._modules else self._graph.dim_size(name)
             if max(roots) >= size:

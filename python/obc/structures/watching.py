@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from obc.model.evaluation import tensors_in
-from obc.model.layouts import is_depthwise
+from obc.model.layouts import has_several_weights, is_depthwise
 from obc.model.names import joined, named_modules
 from obc.model.recurrent import is_recurrent
 from obc.structures.probing import Prober, sums
@@ -37,11 +37,11 @@ class Watching(TorchFunctionMode):
         self._names: dict[int, str] = {}
         self._handles = []
         for name, module in named_modules(model):
-            if isinstance(module, (nn.RNNBase, nn.MultiheadAttention)):
+            if has_several_weights(module):
                 label = f"{name!r} ({type(module).__name__})"
                 hook = partial(self._note_whole, label, 1 if is_recurrent(module) else 0)
                 self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-        whole = [module for module in model.modules() if isinstance(module, (nn.RNNBase, nn.MultiheadAttention))]
+        whole = filter(has_several_weights, model.modules())
         inside = {id(parameter) for module in whole for parameter in module.parameters()}
         for name, module in named_modules(model):
             for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):

@@ -111,6 +111,18 @@ class Layers:
             return int(weight.shape[-1])
         return None
 
+    def counts(self, name: str, *keys: str) -> list[int]:
+        """The integers that the module ``name`` has under these names: numbers of heads, their sizes and the like.
+
+        Raises:
+            NotPrunableError: it has no integer under one of them.
+        """
+        module = self.modules[name]
+        found = [value for key in keys if isinstance(value := getattr(module, key, None), int)]
+        if len(found) < len(keys):
+            raise NotPrunableError(f"{type(module).__name__} does not say {', '.join(keys)}")
+        return found
+
     def refuse_quantised(self, name: str) -> None:
         """Refuse a layer whose weight is stored packed.
 

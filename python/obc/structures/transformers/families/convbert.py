@@ -9,19 +9,15 @@ from obc.model.names import joined
 from obc.structures.transformers.block import Block, block_of
 from obc.structures.transformers.family import Family, attributes, register
 from obc.structures.transformers.layers import Layers, channels
-from obc.structures.units import NotPrunableError
 
 _WIDE = ("query", "key", "value", "conv_out_layer", "key_conv_attn_layer.pointwise")
 
 
 def _heads(layers: Layers, name: str, kinds: Collection[str]) -> Iterator[Block]:
-    module, kernels = layers.modules[name], joined(name, "conv_kernel_layer")
+    kernels = joined(name, "conv_kernel_layer")
     if "heads" not in kinds or not layers.has(name, "conv_kernel_layer"):
         return
-    sizes = (getattr(module, key, None) for key in ("num_attention_heads", "attention_head_size", "conv_kernel_size"))
-    heads, size, kernel = sizes
-    if not isinstance(heads, int) or not isinstance(size, int) or not isinstance(kernel, int):
-        raise NotPrunableError(f"{type(module).__name__} does not say its heads and their sizes")
+    heads, size, kernel = layers.counts(name, "num_attention_heads", "attention_head_size", "conv_kernel_size")
     wide = channels(heads, size)
     counted = {attributes("heads"): (heads, 1), attributes("attention_width"): (heads * size, size)}
     yield block_of(

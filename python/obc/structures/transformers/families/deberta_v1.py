@@ -16,15 +16,14 @@ _POSITIONS = ("pos_proj", "pos_q_proj")
 
 
 def _heads(layers: Layers, name: str, kinds: Collection[str]) -> Iterator[Block]:
-    module = layers.modules[name]
-    own = dict(module.named_parameters(recurse=False))
+    own = dict(layers.modules[name].named_parameters(recurse=False))
     if "heads" not in kinds or set(own) != set(_BIASES) or layers.layer(name, "in_proj") is None:
         return
-    count, size = (getattr(module, key, None) for key in ("num_attention_heads", "attention_head_size"))
+    count, size = layers.counts(name, "num_attention_heads", "attention_head_size")
     parent = name.rpartition(".")[0]
     in_proj, output = joined(name, "in_proj"), joined(parent, "output.dense")
-    if not isinstance(count, int) or not isinstance(size, int) or layers.layer("", output) is None:
-        raise NotPrunableError(f"{type(module).__name__} does not say its heads, or has no output projection")
+    if layers.layer("", output) is None:
+        raise NotPrunableError("no output projection was found")
     if any(layers.has(name, child) for child in ("head_logits_proj", "head_weights_proj")):
         raise NotPrunableError("its heads are mixed with each other (talking heads)")
     positions = [joined(name, child) for child in _POSITIONS if layers.layer(name, child) is not None]

@@ -28,15 +28,12 @@ def _is_latent(layers: Layers, name: str) -> bool:
 def _latent_attention(layers: Layers, name: str, kinds: Collection[str]) -> Iterator[Block]:
     if "heads" not in kinds or not _is_latent(layers, name):
         return
-    module = layers.modules[name]
-    plain, rotary, value = (getattr(module, key, None) for key in _SIZES)
     names = (child for child in _QUERIES if layers.layer(name, child) is not None)
     queries = joined(name, next(names, "q_proj"))
     keys_and_values, output = joined(name, "kv_b_proj"), output_of(layers, name)
     if output is None or queries not in layers.modules:
         raise NotPrunableError(f"latent attention without {'output' if output is None else 'query'} projection")
-    if not (isinstance(plain, int) and isinstance(rotary, int) and isinstance(value, int)):
-        raise NotPrunableError(f"{type(module).__name__} does not say {', '.join(_SIZES)}")
+    plain, rotary, value = layers.counts(name, *_SIZES)
     gate = value if queries.endswith("q_gate_proj") else 0  # gates the output; beside each head's query
     rows = {queries: plain + rotary + gate, keys_and_values: plain + value, output: value}
     widths = [layers.size(layer, "in" if layer == output else "out") for layer in rows]

@@ -74,10 +74,8 @@ def _delta_net(layers: Layers, name: str, kinds: Collection[str]) -> Iterator[Bl
 
 def _forgetting(layers: Layers, name: str) -> Block:
     """Kimi's variant: every head has a query, a key and a value of one size."""
-    module, gate = layers.modules[name], joined(name, "forget_gate")
-    heads, size = getattr(module, "num_heads", None), getattr(module, "head_dim", None)
-    if not isinstance(heads, int) or not isinstance(size, int):
-        raise NotPrunableError(f"{type(module).__name__} does not say how many heads it has")
+    gate = joined(name, "forget_gate")
+    heads, size = layers.counts(name, "num_heads", "head_dim")
     wide, one = channels(heads, size), channels(heads, 1)
     projected = {"q_proj": wide, "k_proj": wide, "v_proj": wide, "b_proj": one, "conv1d": channels(heads, size, 3)}
     projected |= {child: wide for child in ("g_b_proj",) if layers.has(name, child)}

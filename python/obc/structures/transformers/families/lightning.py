@@ -10,19 +10,15 @@ from obc.model.names import joined
 from obc.structures.transformers.block import Block, block_of
 from obc.structures.transformers.family import Family, register
 from obc.structures.transformers.layers import Layers, channels
-from obc.structures.units import NotPrunableError
 
 # Buffer -> the dimension of its heads.
 _DECAYS = {"slope_rate": 0, "query_decay": 0, "key_decay": 0, "diagonal_decay": 1}
 
 
 def _heads(layers: Layers, name: str, kinds: Collection[str]) -> Iterator[Block]:
-    module = layers.modules[name]
-    if "mixer_heads" not in kinds or not _DECAYS.keys() <= module._buffers.keys():
+    if "mixer_heads" not in kinds or not _DECAYS.keys() <= layers.modules[name]._buffers.keys():
         return
-    heads, size = (getattr(module, key, None) for key in ("num_attention_heads", "head_dim"))
-    if not isinstance(heads, int) or not isinstance(size, int):
-        raise NotPrunableError(f"{type(module).__name__} does not say its heads and their size")
+    heads, size = layers.counts(name, "num_attention_heads", "head_dim")
     wide = channels(heads, size)
     yield block_of(
         layers,

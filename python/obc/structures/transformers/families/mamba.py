@@ -56,10 +56,7 @@ def _heads(layers: Layers, name: str, kinds: Collection[str]) -> Iterator[Block]
     own = dict(module.named_parameters(recurse=False))
     if "mixer_heads" not in kinds or not set(_OF_HEADS) <= set(own) or layers.layer(name, "in_proj") is None:
         return
-    sizes = [value for key in _SIZES if isinstance(value := getattr(module, key, None), int)]
-    if len(sizes) != len(_SIZES):
-        raise NotPrunableError(f"{type(module).__name__} does not say its heads, groups and sizes")
-    heads, groups, size, states = sizes
+    heads, groups, size, states = layers.counts(name, *_SIZES)
     width, shared = heads * size, groups * states
     in_proj, conv1d, out_proj = (joined(name, child) for child in ("in_proj", "conv1d", "out_proj"))
     widths = {in_proj: 2 * width + 2 * shared + heads, conv1d: width + 2 * shared}

@@ -20,13 +20,10 @@ _NORM = "multihead_norm"
 
 
 def _heads(layers: Layers, name: str, kinds: Collection[str]) -> Iterator[Block]:
-    module = layers.modules[name]
     if "mixer_heads" not in kinds or not layers.has(name, _NORM) or layers.layer(name, "out_proj") is None:
         return
-    heads = getattr(layers.modules[joined(name, _NORM)], "num_heads", None)
-    keyed, valued = (getattr(module, key, None) for key in ("qk_dim", "v_dim"))
-    if not (isinstance(heads, int) and isinstance(keyed, int) and isinstance(valued, int)):
-        raise NotPrunableError(f"{type(module).__name__} does not say its heads and their sizes")
+    (heads,) = layers.counts(joined(name, _NORM), "num_heads")
+    keyed, valued = layers.counts(name, "qk_dim", "v_dim")
     if keyed % heads or valued % heads:
         raise NotPrunableError(f"{keyed} key channels and {valued} value channels can't be divided into {heads} heads")
     wide = channels(heads, valued // heads)
@@ -43,7 +40,7 @@ def _heads(layers: Layers, name: str, kinds: Collection[str]) -> Iterator[Block]
         {joined(name, "out_proj"): wide},
         counters=(*counters, *layers.counters([joined(name, _NORM)], norm)),
         config=_config(layers, heads, keyed // heads, valued // heads),
-        reads_config=name if hasattr(module, "config") else None,
+        reads_config=name if hasattr(layers.modules[name], "config") else None,
     )
 
 
