@@ -158,6 +158,32 @@ def test_after_searches_that_took_long_tracing_is_given_up(monkeypatch: pytest.M
     assert "its search does not end" in structure.left_out["1.2"]
 
 
+@pytest.mark.parametrize("most_compared", [1e8, 1e2])
+def test_steps_along_edges_that_map_no_channels_count(monkeypatch: pytest.MonkeyPatch, most_compared: float) -> None:
+    """Truth: a stream through eight blocks takes more than ten steps, and each search inside a block fewer."""
+    blocks = [nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 6)) for _ in range(8)]
+
+    class Stream(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.blocks, self.head = nn.Linear(4, 6), nn.ModuleList(blocks), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            for block in self.blocks:
+                x = x + block(x)
+            return self.head(x)
+
+    monkeypatch.setattr(traced_graph, "_STEPS", 10)
+    monkeypatch.setattr(traced_graph, "_STEPS_PER_EDGE", 0)
+    monkeypatch.setattr(traced_graph, "_MOST_COMPARED", most_compared)
+    structure = TorchPruningStructure(Stream(), torch.randn(3, 4), check=False)
+    assert "its search does not end (after 11 steps" in structure.left_out["first"]
+    assert [group.name for group in structure.groups] == [
+        f"blocks.{number}.0" for number in range(8 * (most_compared > 1e3))
+    ]
+
+
 @pytest.mark.sampled(members=3)
 @pytest.mark.parametrize("name", ["depthwise", "norm", "slopes"])
 @pytest.mark.parametrize("order", ["as it is", "flip"])

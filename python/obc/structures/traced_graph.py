@@ -218,11 +218,11 @@ class TracedGraph:
         """(first layer, raw group), or the reason in place of a group in which Torch-Pruning fails.
 
         Groups that contain outputs of ``ignored`` layers are left out. No more groups follow once the searches that do
-        not end have followed half a million channels.
+        not end have followed half a million channels, or taken as long in other ways.
         """
         if self._graph is None:
             return
-        followed, seen = 0, {*self._graph.IGNORED_LAYERS_IN_TRACING, *ignored}
+        share, seen = 0.0, {*self._graph.IGNORED_LAYERS_IN_TRACING, *ignored}
         for module in list(self._graph.module2node):
             if not (isinstance(module, _ROOTS) or type(module) in self._linear) or module in seen:
                 continue
@@ -232,8 +232,8 @@ class TracedGraph:
             try:
                 raw = self._search(module, pruner.prune_out_channels, list(range(width)))
             except INSIDE_TORCH_PRUNING as error:
-                followed += error.followed if isinstance(error, UnboundedSearchError) else 0
-                if followed > _MOST_FOLLOWED:
+                share += error.share if isinstance(error, UnboundedSearchError) else 0
+                if share > 1:
                     self._graph, self.failure = None, unfollowed(error)
                     return
                 yield module, unfollowed(error)
@@ -366,24 +366,24 @@ def _refuse_scaled_rows(name: str, module: nn.Module) -> None:
 
 
 # A search may follow an edge more than once, on several paths. Its time grows with the square of the steps.
-_STEPS, _STEPS_PER_EDGE = 2000, 4
-# When searches without an end (such as through grouped queries) have followed so many channels, some ten seconds, the
-# graph is given up.
-_MOST_FOLLOWED = 500_000
+_STEPS, _STEPS_PER_EDGE = 4000, 4
+# When searches without an end (such as through grouped queries) have followed so many channels, or compared so many
+# edges with others, some ten seconds, the graph is given up.
+_MOST_FOLLOWED, _MOST_COMPARED = 500_000, 100_000_000
 # Between layers a tensor may have more channels than any layer: concatenated, or including positions.
 _ROOM = 16
 
 
 class UnboundedSearchError(RuntimeError):
-    """Torch-Pruning follows more channels than there are.
+    """Torch-Pruning follows more channels, or takes more steps along edges, than a search that ends.
 
     Attributes:
-        followed: the number of channels at each step along an edge, summed.
+        share: of what searches without an end may do before the graph is given up.
     """
 
-    def __init__(self, steps: int, channels: int, followed: int) -> None:
-        super().__init__(f"its search does not end (after {steps} steps it follows {channels} channels)")
-        self.followed = followed
+    def __init__(self, steps: int, followed: int) -> None:
+        super().__init__(f"its search does not end (after {steps} steps, which follow {followed} channels in all)")
+        self.share = followed / _MOST_FOLLOWED + steps**2 / _MOST_COMPARED
 
 
 @dataclass
@@ -395,6 +395,12 @@ class _Bounds:
     steps: int = 0
     followed: int = 0
 
+    def step(self, channels: int) -> None:
+        """Count a step, which follows so many channels."""
+        self.steps, self.followed = self.steps + 1, self.followed + channels
+        if channels > self.channels or self.steps > self.most_steps:
+            raise UnboundedSearchError(self.steps, self.followed)
+
 
 class _Mappings(list[Any]):
     """The channel mappings along one edge of the graph, which Torch-Pruning refills before every search."""
@@ -403,8 +409,12 @@ class _Mappings(list[Any]):
         self._bounds = bounds
         super().__init__(self._bounded(mapping) for mapping in mappings)
 
+    def __iter__(self) -> Iterator[Any]:
+        """Once for every step along the edge, also of edges that map no channels."""
+        self._bounds.step(0)
+        return super().__iter__()
+
     def __setitem__(self, index: Any, mapping: Any) -> None:
-        self._bounds.steps = self._bounds.followed = 0
         super().__setitem__(index, self._bounded(mapping))
 
     def _bounded(self, mapping: Callable[[Any], Any] | None) -> Callable[[Any], Any] | None:
@@ -412,11 +422,8 @@ class _Mappings(list[Any]):
             return None
 
         def bounded(channels: Any) -> Any:
-            self._bounds.steps += 1
             found = mapping(channels)
-            self._bounds.followed += len(found)
-            if len(found) > self._bounds.channels or self._bounds.steps > self._bounds.most_steps:
-                raise UnboundedSearchError(self._bounds.steps, len(found), self._bounds.followed)
+            self._bounds.step(len(found))
             return found
 
         return bounded
@@ -429,3 +436,10 @@ def bound_searches(graph: Any, model: nn.Module) -> None:
     bounds = _Bounds(most, max(_STEPS, _STEPS_PER_EDGE * len(edges)))
     for dependency in edges:
         dependency.index_mapping = _Mappings(list(dependency.index_mapping), bounds)
+    search = graph.get_pruning_group
+
+    def bounded(*args: Any, **kwargs: Any) -> Any:
+        bounds.steps = bounds.followed = 0
+        return search(*args, **kwargs)
+
+    graph.get_pruning_group = bounded
