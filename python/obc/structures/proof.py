@@ -243,7 +243,7 @@ class _Prover:
     def _halved(self, names: Sequence[str], number: int) -> list[str]:
         if len(names) == 1:
             self._alone.append(self._passes(names[0], number))
-            return [name for name in names if self._alone[-1]]
+            return [*names] if self._alone[-1] else []
         middle = len(names) // 2
         passing: list[str] = []
         for half in (names[:middle], names[middle:]):

@@ -218,7 +218,7 @@ class TracedGraph:
         """(first layer, raw group), or the reason in place of a group in which Torch-Pruning fails.
 
         Groups that contain outputs of ``ignored`` layers are left out. No more groups follow once the searches that do
-        not end have followed half a million channels, or taken as long in other ways.
+        not end have followed half a million channels, or compared a hundred million edges, or some share of both.
         """
         if self._graph is None:
             return
@@ -268,9 +268,8 @@ class TracedGraph:
                 return self._search(item.target, item.handler, list(range(size)))
         raise InnerMatterError("no layer reads the attention's output")
 
-    def coupled(self, raw: Any, channel: int) -> list[int]:
-        """The channels of a raw group's root that must go with one of them."""
-        root = next(items_of(raw))
+    def coupled(self, root: GroupItem, channel: int) -> list[int]:
+        """The channels of a group's root that must go with one of them."""
         return next(items_of(self._search(root.target, root.handler, [channel]))).channels
 
     def reaches_output(self, raw: Any) -> bool:

@@ -299,8 +299,9 @@ class GroupFinder:
 
         A group of all channels does not show this, but a group of a single channel does; three are examined first.
         """
-        if all(self._graph.coupled(raw, channel) == [channel] for channel in {0, size // 2, size - 1}):
+        root = next(items_of(raw))
+        if all(self._graph.coupled(root, channel) == [channel] for channel in {0, size // 2, size - 1}):
             return
         for channel in range(size):
-            for other in self._graph.coupled(raw, channel):
+            for other in self._graph.coupled(root, channel):
                 units.join(channel, other)
