@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,11 @@ def is_depthwise(module: nn.Module) -> bool:
 def has_several_weights(module: nn.Module) -> bool:
     """Whether a module of torch multiplies by several weights of its own: a recurrent layer or an attention."""
     return isinstance(module, (nn.RNNBase, nn.MultiheadAttention))
+
+
+def is_joint_attention(module: nn.Module | None) -> TypeGuard[nn.MultiheadAttention]:
+    """Whether a module is torch's attention with one weight for queries, keys and values: all have its width."""
+    return isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None
 
 
 def is_in_attention(modules: Mapping[str, nn.Module], name: str) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from obc.model.evaluation import Run
 from obc.model.groups import Side
-from obc.model.layouts import has_several_weights, is_depthwise, layout_of, loose_buffers
+from obc.model.layouts import has_several_weights, is_depthwise, is_joint_attention, layout_of, loose_buffers
 from obc.model.names import joined, named_modules
 from obc.model.recurrent import is_recurrent
 from obc.model.rules import Rule, rule_for
@@ -147,7 +147,11 @@ def _sources(
     sources = {}
     for name in layers:
         module = modules[name]
-        sources[name] = Source(name, module.hidden_size if is_recurrent(module) else size_of(module, "out"))
+        if is_recurrent(module):
+            size = module.hidden_size
+        else:
+            size = size_of(module, "in" if is_joint_attention(module) else "out")
+        sources[name] = Source(name, size)
     used = {name for one in products.found for name in one.weights}
     for name, module in modules.items():
         rule, layout = rule_for(module), layout_of(module)
@@ -248,10 +252,11 @@ class _Classes:
                     units.join(node, first.setdefault((contraction_of(name), place), node))
         same: dict[tuple[str, Side, int], int] = {}
         for key, source in sources.items():  # a layer's weight and bias, and what it reads when it is called
+            goes_with_read = source.side == "in" or is_joint_attention(self._modules.get(source.name))
             for channel in range(source.size if source.name != source.parameter else 0):
                 node = start[key] + channel
                 units.join(node, same.setdefault((source.name, source.side, channel), node))
-                if source.side == "in" and (source.name, channel) in first:
+                if goes_with_read and (source.name, channel) in first:
                     units.join(node, first[source.name, channel])
         # Key of a source -> the class of each channel; (module, place of its input) -> class.
         self._classes = {key: [units.find(start[key] + one) for one in range(sources[key].size)] for key in sources}
@@ -263,14 +268,23 @@ class _Classes:
         """Class -> (module, side, channel) of what goes with it."""
         members: dict[int, list[tuple[str, Side, int]]] = {}
         for key, classes in self._classes.items():
+            source = self._sources[key]
             for channel, root in enumerate(classes):
-                members.setdefault(root, []).append((self._sources[key].name, self._sources[key].side, channel))
+                members.setdefault(root, []).extend(self._written(source, channel))
         for (name, place), root in self._reading.items():
             if name not in self._modules:  # a product
                 continue
             side: Side = "in" if reads_channels(self._modules[name]) else "out"
             members[root].append((name, side, place))
         return members
+
+    def _written(self, source: Source, channel: int) -> Iterator[tuple[str, Side, int]]:
+        """What a source's channel takes with it: of an attention also its place in queries, keys and values."""
+        yield source.name, source.side, channel
+        if is_joint_attention(self._modules.get(source.name)):
+            yield from ((source.name, "out", part * source.size + channel) for part in (1, 2))
+            projection = joined(source.name, "out_proj")
+            yield from ((projection, "out", channel), (projection, "in", channel))
 
     def stays(self, blocked: Collection[str]) -> dict[int, str | None]:
         """Class that can't go -> the blocked source that it has channels of, if that is why."""
@@ -280,6 +294,11 @@ class _Classes:
             root for (name, _), root in self._reading.items() if is_product(name) and root not in read
         )
         for key, classes in self._classes.items():
+            if is_joint_attention(self._modules.get(name := self._sources[key].name)):
+                # What it reads of the data keeps its width.
+                for channel, root in enumerate(classes):
+                    if (name, channel) not in self._reading:
+                        stays.setdefault(root, None)
             for root, is_wide in zip(classes, self._wide[key].tolist(), strict=True):
                 if key in blocked:
                     stays[root] = key

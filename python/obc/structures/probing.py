@@ -22,7 +22,14 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from obc.model.evaluation import Run, first_floating, tensors_in
-from obc.model.layouts import has_several_weights, is_depthwise, is_in_attention, layout_of, loose_buffers
+from obc.model.layouts import (
+    has_several_weights,
+    is_depthwise,
+    is_in_attention,
+    is_joint_attention,
+    layout_of,
+    loose_buffers,
+)
 from obc.model.names import joined, named_modules
 from obc.model.recurrent import is_recurrent
 from obc.model.rules import Rule, rule_for
@@ -155,13 +162,18 @@ class Prober:
         forward = module.forward
 
         def listen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if is_joint_attention(module):
+                for one in tensors_in(split_arguments(module, args, kwargs)[0]):
+                    self._note(name, one, dim)
+                return
             x = first_floating(unpacked(args), kwargs)
             if x is not None:
                 axis = dim if size is None else norm_axis(forward, unpacked(args), kwargs, size, dim)
-                self._readings.setdefault(name, []).append(sums(x.detach(), 1 if axis is None else axis))
+                self._note(name, x, 1 if axis is None else axis)
 
         module.register_forward_pre_hook(listen, with_kwargs=True)
-        if not (layout_of(module) is not None or isinstance(module, (_NormBase, nn.PReLU, nn.RNNBase))):
+        multiplies = layout_of(module) is not None or has_several_weights(module)
+        if not multiplies and not isinstance(module, (_NormBase, nn.PReLU)):
             module.forward = _let_through
 
     def _remember(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
@@ -177,15 +189,22 @@ class Prober:
         def pretend(*args: Any, **kwargs: Any) -> Any:
             call = self._calls.get(name, 0)
             self._calls[name] = call + 1
-            return each_tensor(self._outputs[name][call], lambda like: self._numbers(name, like, dim, call))
+            selected, whole = self._selected.get(name), self._outputs[name][call]
+            if is_joint_attention(module):  # its weights, of every pair of positions, have no channels
+                output, weights = whole
+                return self._numbers(name, output, dim, call, selected), each_tensor(
+                    weights, lambda like: self._numbers(name, like, dim, call, None)
+                )
+            return each_tensor(whole, lambda like: self._numbers(name, like, dim, call, selected))
 
         module.forward = pretend
 
-    def _numbers(self, name: str, like: Tensor, dim: int, call: int) -> Tensor:
+    def _numbers(self, name: str, like: Tensor, dim: int, call: int, selected: Tensor | None) -> Tensor:
         dim %= like.dim()
         generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {call}".encode()))
         usual, other = (_factors(like.shape, generator) for _ in range(2))
-        selected = self._selected.get(name, torch.zeros(like.shape[dim], dtype=torch.bool, device="cpu"))
+        if selected is None:
+            selected = torch.zeros(like.shape[dim], dtype=torch.bool, device="cpu")
         selected = selected.repeat(like.shape[dim] // len(selected))  # a hidden unit in each direction
         size = self.scale * self.sign
         usual[dim], other[dim] = usual[dim] * size, (other[dim] * size * -1.5)[selected]
@@ -214,7 +233,20 @@ def _product(factors: Sequence[Tensor]) -> Tensor:
 
 def reads_channels(module: nn.Module) -> bool:
     """Whether a module's inputs are channels that it reads, and not those that it returns."""
-    return is_recurrent(module) or (layout_of(module) is not None and not is_depthwise(module))
+    if is_recurrent(module) or is_joint_attention(module):
+        return True
+    return layout_of(module) is not None and not is_depthwise(module)
+
+
+def split_arguments(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
+    """The arguments that a recurrent layer or an attention reads channel by channel, and all others."""
+    names: tuple[str, ...] = ()
+    if is_recurrent(module):
+        names = ("input",)
+    elif is_joint_attention(module):
+        names = ("query", "key", "value")
+    read = [*args[: len(names)], *(one for key, one in kwargs.items() if key in names)]
+    return read, [*args[len(names) :], *(one for key, one in kwargs.items() if key not in names)]
 
 
 def unpacked(args: Sequence[Any]) -> list[Any]:
@@ -240,7 +272,7 @@ def _let_through(*args: Any, **kwargs: Any) -> Tensor:
 def _channels_read(module: nn.Module) -> tuple[int, int | None] | None:
     """(dimension, number if known) of the channels that a module reads; None if it has none of its own."""
     rule = rule_for(module)
-    if is_recurrent(module):
+    if is_recurrent(module) or is_joint_attention(module):
         return -1, None
     if layout_of(module) is not None:
         assert isinstance(rule, Rule)

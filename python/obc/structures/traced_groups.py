@@ -17,6 +17,7 @@ from obc.model.names import joined
 from obc.model.recurrent import is_recurrent
 from obc.model.rules import Rule, rule_for
 from obc.structures.measure import Usage
+from obc.structures.probing import reads_channels
 from obc.structures.removal import size_of
 from obc.structures.traced_graph import INSIDE_TORCH_PRUNING, TracedGraph, unfollowed
 from obc.structures.traced_items import items_of
@@ -100,7 +101,7 @@ class GroupFinder:
             if name not in producers
             and name not in self.depthwise
             and name not in self._usage.several
-            and (layout_of(self._modules[name]) is not None or is_recurrent(self._modules[name]))
+            and reads_channels(self._modules[name])
             and not is_in_attention(self._modules, name)
         ]
 

@@ -13,8 +13,7 @@ from torch.overrides import TorchFunctionMode
 from obc.model.evaluation import tensors_in
 from obc.model.layouts import has_several_weights, is_depthwise
 from obc.model.names import joined, named_modules
-from obc.model.recurrent import is_recurrent
-from obc.structures.probing import Prober, sums
+from obc.structures.probing import Prober, split_arguments, sums
 
 _PRODUCTS = {
     *(F.linear, F.bilinear, F.conv1d, F.conv2d, F.conv3d),
@@ -39,7 +38,7 @@ class Watching(TorchFunctionMode):
         for name, module in named_modules(model):
             if has_several_weights(module):
                 label = f"{name!r} ({type(module).__name__})"
-                hook = partial(self._note_whole, label, 1 if is_recurrent(module) else 0)
+                hook = partial(self._note_whole, label)
                 self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         whole = filter(has_several_weights, model.modules())
         inside = {id(parameter) for module in whole for parameter in module.parameters()}
@@ -53,9 +52,9 @@ class Watching(TorchFunctionMode):
         for handle in self._handles:
             handle.remove()
 
-    def _note_whole(self, label: str, first: int, module: nn.Module, args: Any, kwargs: Any) -> None:
+    def _note_whole(self, label: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Note what a module reads not channel by channel: of a recurrent layer its first states, not its input."""
-        self.note(label, tensors_in((args[first:], {key: one for key, one in kwargs.items() if key != "input"})))
+        self.note(label, tensors_in(split_arguments(module, args, kwargs)[1]))
 
     def note(self, label: str, tensors: list[Tensor]) -> None:
         """Add one number for each of the tensors that are read; it is text, so that NaN equals NaN."""
