@@ -137,6 +137,18 @@ def test_the_plain_layer_computes_the_same_and_is_pruned(name: str) -> None:
         torch.testing.assert_close(model(x), masked_output, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("name", CASES)
+def test_the_weight_of_a_plain_layer_is_a_parameter_that_is_trained_as_before(name: str, trained: bool) -> None:
+    torch.manual_seed(0)
+    model, x = CASES[name]()
+    model.double()[2].requires_grad_(trained)
+    assert obc.plain_layers(model, x) == ["2"]
+    assert dict(model[2].named_parameters())["weight"].requires_grad is trained
+    assert not list(model[2].buffers())
+
+
 @pytest.mark.parametrize("name", STAYING)
 def test_a_layer_that_computes_something_else_stays_and_is_named(
     name: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch

@@ -175,6 +175,23 @@ def test_a_deeper_model_of_the_same_names_is_refused(kind: type[nn.ModuleList | 
             job(deep.state_dict(), pruned)
 
 
+@pytest.mark.parametrize("kind", [nn.ModuleList, nn.Sequential])
+def test_a_list_with_empty_places_is_cut_like_others(kind: type[nn.ModuleList | nn.Sequential]) -> None:
+    class WithGaps(Deep):
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = x if block is None else x + block(x)
+            return x
+
+    pruned, again = WithGaps(3, kind), WithGaps(3, kind)
+    for model in (pruned, again):
+        model.blocks._modules["1"] = None
+    plan = half(TorchPruningStructure(pruned, x := torch.randn(2, 4)))
+    plan.apply(again).load_state_dict(pruned.state_dict())
+    assert again.blocks[0][0].weight.shape == (4, 4)
+    assert torch.equal(again(x), pruned(x))
+
+
 @pytest.mark.parametrize("kinds", [(), ("ffn", "layers")], ids=str)
 def test_a_deeper_transformer_is_refused(kinds: tuple[str, ...], tmp_path: Path) -> None:
     """Also where no block was removed, so that only the list's length tells the models apart."""

@@ -135,6 +135,49 @@ def test_counts_follow_the_units_and_the_plan_holds_them(kind: type[nn.Module], 
         assert type(getattr(again, name)) is type(getattr(model, name))
 
 
+class Usual(nn.Module):
+    """An attention with the usual names whose ``embed_dim`` is the width that it reads, however many heads it has."""
+
+    def __init__(self, scaled: bool) -> None:
+        super().__init__()
+        self.embed_dim, self.num_heads, self.head_dim, self.scaled = 24, 4, 6, scaled
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(24, 24) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.scaled and x.shape[-1] != self.embed_dim:
+            raise ValueError(f"expected a width of {self.embed_dim}")
+        shape = (*x.shape[:2], self.num_heads, self.head_dim)
+        q, k, v = (layer(x).view(shape).transpose(1, 2) for layer in (self.q_proj, self.k_proj, self.v_proj))
+        mixed = (q @ k.mT * (self.embed_dim if self.scaled else self.head_dim) ** -0.5).softmax(-1) @ v
+        return self.out_proj(mixed.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["checks its width", "is scaled by its width"])
+def test_a_plan_sets_the_counts_that_were_proved_and_no_others(scaled: bool, tmp_path: Path) -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.attention, self.head = nn.Linear(FEATURES, 24), Usual(scaled), nn.Linear(24, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            return self.head(x + self.attention(x))
+
+    model, x = built(Residual)
+    masked = copy.deepcopy(model)
+    structure = TorchPruningStructure(copy.deepcopy(model), x)
+    name = next(group.name for group in structure.groups if group.kind == "heads")
+    structure.remove({name: torch.tensor([1, 3])})
+    with torch.no_grad():
+        masked.attention.out_proj.weight.unflatten(1, (4, 6))[:, [1, 3]] = 0
+    structure.plan.save(tmp_path / "plan.json")
+    again = obc.PruningPlan.load(tmp_path / "plan.json").apply(model)
+    again.load_state_dict(structure.model.state_dict())
+    for pruned in (structure.model, again):
+        torch.testing.assert_close(pruned(x), masked(x), rtol=1e-10, atol=1e-12)
+    assert again.attention.embed_dim == 24
+
+
 def test_heads_and_the_stream_whose_width_the_heads_take_shrink_together() -> None:
     class OfTheStream(nn.Module):
         def __init__(self) -> None:

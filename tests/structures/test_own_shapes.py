@@ -93,3 +93,36 @@ def test_the_shape_changes_with_the_parameter(name: str, tmp_path: Path) -> None
     again = PruningPlan.load(path).apply(original)
     again.load_state_dict(model.state_dict())
     assert torch.equal(again(x), model(x))
+
+
+class OneAxis(nn.Conv1d):
+    """A convolution of a library's own."""
+
+
+class TwoAxes(nn.Conv2d):
+    """The same on a map."""
+
+
+CONVOLUTIONS: dict[str, Callable[[int, int], nn.Module]] = {
+    "kernel and dilation": lambda before, after: OneAxis(before, after, 4, dilation=4, padding=6),
+    "stride and padding": lambda before, after: OneAxis(before, after, 3, stride=4, padding=4),
+    "of rows": lambda before, after: TwoAxes(before, after, (1, 2), dilation=(1, 4)),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_settings_of_a_convolution_that_equal_its_width_stay(name: str) -> None:
+    """Two steps: after the first the layer's bias is as long as the kernel, the stride, or the padding."""
+    torch.manual_seed(0)
+    convolution = CONVOLUTIONS[name](3, 8)
+    narrow = isinstance(convolution, nn.Conv1d)
+    last, shape = (nn.Conv1d(8, 2, 1), (2, 3, 24)) if narrow else (nn.Conv2d(8, 2, 1), (2, 3, 6, 9))
+    model = nn.Sequential(convolution, nn.ReLU(), last).double()
+    masked, x = copy.deepcopy(model), torch.randn(shape, dtype=torch.float64)
+    structure = TorchPruningStructure(model, x)
+    structure.remove({"0": torch.arange(4, 8)})
+    structure.remove({"0": torch.tensor([3])})
+    with torch.no_grad():
+        for parameter in masked[0].parameters():
+            parameter[3:] = 0
+    torch.testing.assert_close(model(x), masked(x), rtol=1e-12, atol=1e-12)

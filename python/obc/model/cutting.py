@@ -105,11 +105,15 @@ def _sync_shapes(module: nn.Module, before: torch.Size, after: torch.Size) -> No
     """Change tuples and lists of a module that are the former shape of a tensor of its own, up to dimensions of one.
 
     Such are ``normalized_shape`` of norms outside torch, and shapes that ``forward`` gives to a scale with ``view``.
+    What a class of torch declares of modules that derive from it is none: with 4 channels left, a kernel of 4 stays.
     """
+    torchs = [kind for kind in type(module).__mro__ if kind.__module__.startswith("torch.nn.")]
+    declared = {name for kind in torchs for name in vars(kind).get("__constants__", ())}
     pairs = [(old, new) for old, new in zip(before, after, strict=True) if old != 1]
     for key, value in list(vars(module).items()):
         ints = isinstance(value, (tuple, list)) and all(type(size) is int for size in value)
-        if key[0] != "_" and ints and value and [size for size in value if size != 1] == [old for old, _ in pairs]:
+        own = key[0] != "_" and key not in declared
+        if own and ints and value and [size for size in value if size != 1] == [old for old, _ in pairs]:
             left = iter(new for _, new in pairs)
             setattr(module, key, type(value)(1 if size == 1 else next(left) for size in value))
 

@@ -138,7 +138,12 @@ class Depth:
                 raise ValueError(f"{name!r} has {one.size} blocks, of which {list(one.removed)} were removed")
 
     def __bool__(self) -> bool:
-        return bool(self.stand_ins) or any(one.removed for one in self.lists.values())
+        return bool(self.stand_ins or self.shortened)
+
+    @property
+    def shortened(self) -> dict[str, BlockList]:
+        """The lists of which blocks were removed."""
+        return {name: one for name, one in self.lists.items() if one.removed}
 
     @property
     def removed(self) -> list[str]:
@@ -152,8 +157,8 @@ class Depth:
 
     def original_name(self, name: str) -> str:
         """The name in the unpruned model of what has this name in the model without the removed blocks."""
-        for list_name, one in self.lists.items():
-            if one.removed and name.startswith(f"{list_name}."):
+        for list_name, one in self.shortened.items():
+            if name.startswith(f"{list_name}."):
                 place, dot, rest = name[len(list_name) + 1 :].partition(".")
                 if int(place) >= len(one.kept):
                     raise PlanError(f"{name!r} is none of the {len(one.kept)} blocks that the earlier plan left")
@@ -247,9 +252,7 @@ def is_compact(model: nn.Module, depth: Depth) -> bool:
         PruningError: a list has neither its old number of blocks nor the number that remains.
     """
     found = set()
-    for name, one in depth.lists.items():
-        if not one.removed:
-            continue
+    for name, one in depth.shortened.items():
         count = len(_list(model, name))
         if count not in (one.size, one.size - len(one.removed)):
             raise PruningError(
@@ -276,7 +279,7 @@ def compact(model: nn.Module, depth: Depth) -> None:
     """
     if is_compact(model, depth):
         return
-    for name, one in depth.lists.items():
+    for name, one in depth.shortened.items():
         blocks = list(_list(model, name))
         for place, old in enumerate(one.kept):
             _renumber(blocks[old], old, place)
@@ -288,7 +291,7 @@ def expand(model: nn.Module, depth: Depth) -> None:
     """Undo :func:`compact`: put a :class:`Skipped` in the place of every removed block."""
     if not is_compact(model, depth):
         return
-    for name, one in depth.lists.items():
+    for name, one in depth.shortened.items():
         kept = list(_list(model, name))
         blocks: list[nn.Module] = [Skipped(StandIn("input", one.outputs), kept[0]) for _ in range(one.size)]
         for place, old in enumerate(one.kept):

@@ -125,8 +125,13 @@ def _merged(model: nn.Module) -> list[str]:
     found = []
     for name, module in named_modules(model):
         if parametrize.is_parametrized(module):
-            for tensor in list(module.parametrizations):  # type: ignore[arg-type]
-                parametrize.remove_parametrizations(module, tensor)
+            parametrizations: Any = module.parametrizations
+            for tensor, computed in list(parametrizations.items()):
+                parameters = list(computed.parameters())
+                with torch.enable_grad():  # torch makes a buffer of a weight that is computed from several tensors
+                    parametrize.remove_parametrizations(module, tensor)  # and has no gradient
+                if parameters and (weight := module._buffers.pop(tensor, None)) is not None:
+                    setattr(module, tensor, nn.Parameter(weight, requires_grad=False))
             found.append(name)
         for _, remove in computing_hooks(module):
             trained = any(parameter.requires_grad for parameter in module.parameters(recurse=False))

@@ -238,7 +238,10 @@ def counts_after(model: nn.Module, plan: PruningPlan) -> list[tuple[Any, str, An
 
 
 def _counts_of_heads(model: nn.Module, plan: PruningPlan) -> list[tuple[Any, str, Any]]:
-    """(module, attribute, value) of the counts of attentions that lose whole heads."""
+    """(module, attribute, value) of the counts of attentions that lose whole heads.
+
+    A plan that has counts of a module itself has all that changed.
+    """
     found: list[tuple[Any, str, Any]] = []
     modules = dict(model.named_modules())
     for block in Finder(model, ("heads",), proved=True).blocks.values():
@@ -249,7 +252,7 @@ def _counts_of_heads(model: nn.Module, plan: PruningPlan) -> list[tuple[Any, str
         stays = int(torch.isin(part.channels, entry.out_channels).all(1).sum())
         if stays * part.channels.shape[1] != len(entry.out_channels):
             continue  # not whole heads
-        for counter in block.counters:
+        for counter in (one for one in block.counters if one.module not in plan.counts):
             owner = modules[counter.module]
             after = counter.without(owner, block.group.size - stays)
             found += [(owner, attribute, value) for attribute, value in after.items()]
