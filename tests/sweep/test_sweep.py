@@ -135,6 +135,16 @@ class GatedByNumbers(nn.Module):
         return self.w2(nn.functional.silu(self.w1(x)) * self.w3(x))
 
 
+class OfMetasCode(nn.Module):
+    """The layers and attributes of attention in Meta's Llama, which the library has under other names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n_local_heads, self.n_local_kv_heads, self.head_dim = 4, 2, 6
+        self.wq, self.wk, self.wv = nn.Linear(8, 24), nn.Linear(8, 12), nn.Linear(8, 12)
+        self.wo = nn.Linear(24, 8)
+
+
 def _found(model: nn.Module) -> Any:
     structure = TransformersStructure(model)
     slices = [(part.module, part.side, part.channels.tolist()) for group in structure.groups for part in group.slices]
@@ -147,7 +157,7 @@ def test_every_family_finds_something_in_a_tiny_model(monkeypatch: pytest.Monkey
     untried = set(OWN)
     tiny = (make().model for make in TINY.values())
     for model in itertools.chain(
-        [GatedByNumbers(), speech_encoder("Wav2Vec2"), speech_encoder("Wav2Vec2Conformer")],
+        [GatedByNumbers(), OfMetasCode(), speech_encoder("Wav2Vec2"), speech_encoder("Wav2Vec2Conformer")],
         tiny,
         itertools.starmap(built, [*FURTHER, *JOBS]),
     ):
