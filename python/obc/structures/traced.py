@@ -204,13 +204,15 @@ class TorchPruningStructure:
     def _unnamed(self, members: Collection[str]) -> dict[str, str]:
         """What holds weights and is neither in a group nor left out by name -> why it keeps its width."""
         named = {*producers(self.groups), *self.left_out, *members, *self._usage.depthwise, *self.unreached}
+        consumers = {part.module for group in self.groups for part in group.consumers}
         found: dict[str, str] = {}
         for name, module in self._modules.items():
             if name not in named and not is_in_attention(self._modules, name):
                 ignored = "it is one of ignored_layers" if name in self._finder.ignored else None
                 known = self._finder.reasons.get(name) if name in self._usage.positions else None
                 why = ignored or known
-                found |= {one: why or other for one, other in kept_whole(name, module, self._usage) if one not in named}
+                kept = kept_whole(name, module, self._usage, consumers)
+                found |= {one: why or other for one, other in kept if one not in named}
         return found
 
     @property
@@ -373,11 +375,12 @@ def _unreached_layers(names: Sequence[str]) -> list[str]:
 _KNOWN = (nn.Bilinear, nn.Embedding, nn.EmbeddingBag, nn.MultiheadAttention)
 
 
-def kept_whole(name: str, module: nn.Module, usage: Usage) -> Iterator[tuple[str, str]]:
+def kept_whole(name: str, module: nn.Module, usage: Usage, consumers: Collection[str]) -> Iterator[tuple[str, str]]:
     """(name, reason) of a module with weights; or, for a module of unknown kind, of each matrix that it holds.
 
     Args:
         module: a module that no group has, and that is not left out for another reason.
+        consumers: what reads the channels of groups.
     """
     if layout_of(module) is not None:
         called = "neither tracing nor running the model finds what reads its channels"
@@ -392,4 +395,6 @@ def kept_whole(name: str, module: nn.Module, usage: Usage) -> Iterator[tuple[str
     else:
         for key, parameter in module.named_parameters(recurse=False):
             if parameter.dim() > 1 and min(parameter.shape) > 1:
-                yield joined(name, key), "it is a weight outside layers, and no channels are found along it"
+                full = joined(name, key)
+                others = "its other dimensions" if full in consumers else "it"
+                yield full, f"it is a weight outside layers, and no channels are found along {others}"
