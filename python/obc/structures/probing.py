@@ -10,9 +10,10 @@ reads differently depends on one of them (:mod:`obc.structures.influence`). No l
 from __future__ import annotations
 
 import contextlib
+import math
 import zlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -210,7 +211,7 @@ class Prober:
         usual[dim], other[dim] = usual[dim] * size, (other[dim] * size * -1.5)[selected]
         numbers = _product(usual)
         if bool(selected.any()):
-            numbers = numbers.index_copy(dim, selected.nonzero()[:, 0], _product(other))
+            numbers.index_copy_(dim, selected.nonzero()[:, 0], _product(other))
         return numbers.to(self._devices[name], like.dtype)
 
 
@@ -286,6 +287,14 @@ def _channels_read(module: nn.Module) -> tuple[int, int | None] | None:
 def sums(x: Tensor, dim: int) -> Tensor:
     """(C,) random sums over all positions, in float64; different numbers give different sums."""
     dim %= x.dim()
-    rows = x.movedim(dim, 0).flatten(1).double() if x.dim() > 1 else x.double()[:, None]
-    weights = torch.rand(rows.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu")
-    return (rows * weights.to(rows.device)).sum(1).cpu()
+    before, size, after = (math.prod(part) for part in (x.shape[:dim], x.shape[dim : dim + 1], x.shape[dim + 1 :]))
+    with torch._C.DisableTorchFunction():  # these are no products of the model
+        weights, numbers = _weights(before * after).to(x.device), x.double()
+        if after == 1:
+            return (weights @ numbers.reshape(before, size)).cpu()
+        return (numbers.reshape(before, size, after) @ weights.view(before, after, 1)).sum((0, 2)).cpu()
+
+
+@lru_cache(maxsize=16)
+def _weights(count: int) -> Tensor:
+    return torch.rand(count, generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu")
