@@ -120,6 +120,23 @@ class Apart(nn.Module):
         return (self.attention(y, x, y)[0] @ self.projection).mean(1)
 
 
+class ToItself(nn.MultiheadAttention):
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x, x, x)[0]
+
+
+class OwnForward(nn.Module):
+    """What a subclass reads and returns is not known."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inputs, self.attention = nn.Linear(6, WIDTH), ToItself(WIDTH, HEADS, batch_first=True)
+        self.projection = drawn(WIDTH, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.attention(self.inputs(x)) @ self.projection).mean(1)
+
+
 class KeptNorm(nn.LayerNorm):
     """A LayerNorm over some of its channels; the others are zero."""
 
@@ -212,6 +229,7 @@ LEFT_OUT = {
     Masked: ("inputs", "'attention' (MultiheadAttention) reads its channels"),
     OfData: ("attention", "which of its channels go together is not found by running the model"),
     Apart: ("inputs", "'attention' (MultiheadAttention) reads its channels"),
+    OwnForward: ("inputs", "'attention' (ToItself) reads its channels"),
 }
 
 

@@ -48,8 +48,13 @@ def has_several_weights(module: nn.Module) -> bool:
 
 
 def is_joint_attention(module: nn.Module | None) -> TypeGuard[nn.MultiheadAttention]:
-    """Whether a module is torch's attention with one weight for queries, keys and values: all have its width."""
-    return isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None
+    """Whether a module is torch's attention with one weight for queries, keys and values: all have its width.
+
+    A subclass with a ``forward`` of its own may read and return something else.
+    """
+    if not isinstance(module, nn.MultiheadAttention) or module.in_proj_weight is None:
+        return False
+    return type(module).forward is nn.MultiheadAttention.forward
 
 
 def is_in_attention(modules: Mapping[str, nn.Module], name: str) -> bool:
