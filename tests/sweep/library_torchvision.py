@@ -17,14 +17,12 @@ alexnet convnext_tiny densenet121 efficientnet_b0 efficientnet_v2_s googlenet in
 mobilenet_v3_small regnet_x_400mf regnet_y_400mf resnet18 resnet50 resnext50_32x4d shufflenet_v2_x0_5 squeezenet1_0
 squeezenet1_1 swin_t swin_v2_t vgg11 vgg11_bn vit_b_16 wide_resnet50_2
 lraspp_mobilenet_v3_large deeplabv3_mobilenet_v3_large deeplabv3_resnet50 fcn_resnet50
-mc3_18 r3d_18 r2plus1d_18 s3d swin3d_t mvit_v1_b mvit_v2_s raft_small
+mc3_18 r3d_18 r2plus1d_18 s3d swin3d_t raft_small
 """
 SEGMENTATION = ("lraspp", "deeplabv3", "fcn")
 SIZES = {"inception_v3": 299, "alexnet": 80, "vit_b_16": 32}
 OPTIONS: dict[str, dict[str, Any]] = {
     "vit_b_16": {"image_size": 32},
-    "mvit_v1_b": {"spatial_size": (64, 64), "temporal_size": 4},
-    "mvit_v2_s": {"spatial_size": (64, 64), "temporal_size": 4},
     "googlenet": {"init_weights": False},
     "inception_v3": {"init_weights": False},
 }
@@ -40,8 +38,6 @@ INPUTS: dict[str, Inputs] = {
     "r2plus1d_18": drawn(3, 4, 32, 32),
     "s3d": drawn(3, 16, 64, 64),
     "swin3d_t": drawn(3, 4, 32, 32),
-    "mvit_v1_b": drawn(3, 4, 64, 64),
-    "mvit_v2_s": drawn(3, 4, 64, 64),
     "raft_small": _two_images,
 }
 
