@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
+from obc.model.groups import Side
 from obc.model.linear_like import is_linear
+from obc.model.names import joined
 from obc.model.rules import Rule, is_packed, is_transformers_conv1d, rule_for
 
 
@@ -55,6 +57,16 @@ def is_joint_attention(module: nn.Module | None) -> TypeGuard[nn.MultiheadAttent
     if not isinstance(module, nn.MultiheadAttention) or module.in_proj_weight is None:
         return False
     return type(module).forward is nn.MultiheadAttention.forward
+
+
+def attention_parts(name: str, attention: nn.MultiheadAttention) -> list[tuple[str, Side, list[int]]]:
+    """(module, side, numbers of that channel) of all that goes with channel 0 of torch's attention of this name.
+
+    Its out channels are those of queries, keys and values, one after the other.
+    """
+    projection = joined(name, "out_proj")
+    thirds = [part * attention.embed_dim for part in range(3)]
+    return [(name, "out", thirds), (name, "in", [0]), (projection, "out", [0]), (projection, "in", [0])]
 
 
 def is_in_attention(modules: Mapping[str, nn.Module], name: str) -> bool:

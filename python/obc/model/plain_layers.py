@@ -128,8 +128,9 @@ def _merged(model: nn.Module) -> list[str]:
             parametrizations: Any = module.parametrizations
             for tensor, computed in list(parametrizations.items()):
                 parameters = list(computed.parameters())
-                with torch.enable_grad():  # torch makes a buffer of a weight that is computed from several tensors
-                    parametrize.remove_parametrizations(module, tensor)  # and has no gradient
+                # Without gradients torch would make a buffer of a weight that is computed from several tensors.
+                with torch.enable_grad():
+                    parametrize.remove_parametrizations(module, tensor)
                 if parameters and (weight := module._buffers.pop(tensor, None)) is not None:
                     setattr(module, tensor, nn.Parameter(weight, requires_grad=False))
             found.append(name)

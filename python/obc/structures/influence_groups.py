@@ -16,7 +16,14 @@ from torch import Tensor, nn
 
 from obc.model.evaluation import Run
 from obc.model.groups import Side
-from obc.model.layouts import has_several_weights, is_depthwise, is_joint_attention, layout_of, loose_buffers
+from obc.model.layouts import (
+    attention_parts,
+    has_several_weights,
+    is_depthwise,
+    is_joint_attention,
+    layout_of,
+    loose_buffers,
+)
 from obc.model.names import joined, named_modules
 from obc.model.recurrent import is_recurrent
 from obc.model.rules import Rule, rule_for
@@ -268,9 +275,10 @@ class _Classes:
         """Class -> (module, side, channel) of what goes with it."""
         members: dict[int, list[tuple[str, Side, int]]] = {}
         for key, classes in self._classes.items():
-            source = self._sources[key]
+            parts = self._parts(self._sources[key])
             for channel, root in enumerate(classes):
-                members.setdefault(root, []).extend(self._written(source, channel))
+                own = members.setdefault(root, [])
+                own += ((name, side, one + channel) for name, side, numbers in parts for one in numbers)
         for (name, place), root in self._reading.items():
             if name not in self._modules:  # a product
                 continue
@@ -278,13 +286,12 @@ class _Classes:
             members[root].append((name, side, place))
         return members
 
-    def _written(self, source: Source, channel: int) -> Iterator[tuple[str, Side, int]]:
-        """What a source's channel takes with it: of an attention also its place in queries, keys and values."""
-        yield source.name, source.side, channel
-        if is_joint_attention(self._modules.get(source.name)):
-            yield from ((source.name, "out", part * source.size + channel) for part in (1, 2))
-            projection = joined(source.name, "out_proj")
-            yield from ((projection, "out", channel), (projection, "in", channel))
+    def _parts(self, source: Source) -> list[tuple[str, Side, list[int]]]:
+        """(module, side, numbers of that channel) of what goes with channel 0 of a source."""
+        module = self._modules.get(source.name)
+        if is_joint_attention(module):
+            return attention_parts(source.name, module)
+        return [(source.name, source.side, [0])]
 
     def stays(self, blocked: Collection[str]) -> dict[int, str | None]:
         """Class that can't go -> the blocked source that it has channels of, if that is why."""

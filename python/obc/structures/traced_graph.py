@@ -18,7 +18,7 @@ from obc.model.channel_dims import channel_axis
 from obc.model.errors import PruningError, explained
 from obc.model.evaluation import differentiable, evaluating
 from obc.model.groups import Side
-from obc.model.layouts import layout_of, loose_buffers
+from obc.model.layouts import attention_parts, layout_of, loose_buffers
 from obc.model.linear_like import acts_as_linear
 from obc.model.names import joined, tensor_named
 from obc.model.recurrent import is_recurrent
@@ -337,9 +337,7 @@ class TracedGraph:
         if isinstance(target, nn.LayerNorm) and len(target.normalized_shape) > 1:
             raise InnerMatterError(f"a plan can't describe {name!r}, a LayerNorm over several dimensions")
         if isinstance(target, nn.MultiheadAttention):
-            thirds = [part * target.embed_dim for part in range(3)]
-            projection = f"{name}.out_proj" if name else "out_proj"
-            return [(name, "out", thirds), (name, "in", [0]), (projection, "out", [0]), (projection, "in", [0])]
+            return attention_parts(name, target)
         return [(name, "out" if layout_of(target) is None else item.side, [0])]
 
     def _parts_of_parameter(self, parameter: nn.Parameter, dim: int) -> list[tuple[str, Side, list[int]]]:

@@ -53,7 +53,7 @@ class Watching(TorchFunctionMode):
             handle.remove()
 
     def _note_whole(self, label: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """Note what a module reads not channel by channel: of a recurrent layer its first states, not its input."""
+        """Note what a module reads not channel by channel: a recurrent layer's first states, an attention's masks."""
         self.note(label, tensors_in(split_arguments(module, args, kwargs)[1]))
 
     def note(self, label: str, tensors: list[Tensor]) -> None:
